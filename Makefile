@@ -1,0 +1,42 @@
+# make quickstart    fine-tune a small model with LOMO, from data to an exported model
+# make test          run every test
+# Both set up the virtual environment when it is missing or stale.
+#
+# PYTHON=python3.12  the interpreter of a new environment        VENV=.venv  its place
+# TORCH=pin|keep     install torch as constraints.txt pins it | use the torch of $(PYTHON)
+#                    (default: keep a torch >= 2.11 that $(PYTHON) imports, else pin)
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+BIN := $(abspath $(VENV))/bin
+
+.PHONY: setup quickstart test lint wheels bench docs clean
+
+setup:
+	@$(PYTHON) tools/make_venv.py --venv "$(VENV)" $(if $(TORCH),--torch $(TORCH))
+
+quickstart: setup
+	$(BIN)/python examples/quickstart/run.py
+
+test: setup
+	$(BIN)/python -m pytest -q -p no:cacheprovider $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheels: setup
+	rm -rf dist
+	$(BIN)/python tools/build_wheels.py dist
+
+bench: setup
+	$(BIN)/python benchmarks/run.py
+
+docs: setup
+	$(BIN)/python tools/known_plugins.py
+	$(BIN)/python tools/hook_tables.py
+
+clean:
+	rm -rf dist build .mypy_cache .ruff_cache .pytest_cache "$(VENV)"

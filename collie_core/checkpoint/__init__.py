@@ -1,0 +1,1 @@
+"""Checkpoints: tensors in safetensors, everything else in JSON, whole or absent."""

@@ -1,0 +1,216 @@
+"""Writes a run's checkpoints so that a kill at any moment loses at most the one being written."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from collie_core.checkpoint.folder import (
+    CHECKPOINTS,
+    STATE_FILE,
+    Checkpoint,
+    find_latest,
+    open_checkpoint,
+    step_folders,
+    step_name,
+)
+from collie_core.checkpoint.manifest import Verify, verify, write_manifest
+from collie_core.errors import CheckpointError, RunFailed
+from collie_core.files import free_space, fsync_dir, fsync_file, json_text, write_text_atomic
+
+_log = logging.getLogger(__name__)
+
+#: Folders that are being written, replaced or deleted by a process: `.step_000010.writing-4711`.
+_TRANSIENT = re.compile(r"\.(step_\d{6,})\.(writing|replaced|deleting)-(\d{1,9})")
+
+
+class CheckpointManager:
+    """The checkpoints `OUTPUT_DIR/checkpoints/step_NNNNNN` of one run.
+
+    A checkpoint is written in a folder aside, flushed to the disk, given its manifest, and only then
+    renamed; so a folder of that name with a manifest is whole unless it is damaged later.
+    The run holds the OutputLock of `output_dir`.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike[str], keep: int = 2, verify: Verify = "full") -> None:
+        """`keep`: how many whole checkpoints to retain; `verify`: how thoroughly they are read."""
+        self.output_dir = Path(output_dir)
+        self.folder = self.output_dir / CHECKPOINTS
+        self.keep = keep
+        self._mode = verify
+        self._background: Future[Path] | None = None
+
+    def latest(self) -> Checkpoint | None:
+        """The newest whole checkpoint; a warning names each newer one that is not whole, and why."""
+        self._clean()
+        return find_latest(self.output_dir, self._mode)
+
+    def open(self, path: str | os.PathLike[str]) -> Checkpoint:
+        """The checkpoint at `path` (a run folder: its newest whole one); raises CheckpointError."""
+        return open_checkpoint(path, self._mode)
+
+    def save(
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        state: Mapping[str, Any],
+        *,
+        background: bool = False,
+    ) -> Path:
+        """Write checkpoint `step`: `write(folder)` writes tensors, `state` becomes `state.json`.
+
+        Then all but the `keep` newest whole checkpoints up to this step are deleted.  Returns the final path.
+        With `background`, a thread does all this: `write` must hold a copy of what training goes on to
+        change, and `wait` tells the end.
+
+        Raises RunFailed where the disk fails (the folder aside is removed, earlier checkpoints stay), and
+        what `write` raises; also that of a save in the background before this one.
+        """
+        self.wait()
+        self._clean()
+        state_text = json_text(dict(state))
+        if not background:
+            return self._save(step, write, state_text)
+        pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._background = pool.submit(self._save, step, write, state_text)
+        pool.shutdown(wait=False)
+        return self.folder / step_name(step)
+
+    def wait(self) -> Path | None:
+        """Wait for the save in the background, if one is under way; returns its path, raises its error."""
+        background, self._background = self._background, None
+        return background.result() if background else None
+
+    def close(self) -> None:
+        """Wait for the save in the background."""
+        self.wait()
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename checkpoints newer than `step`, from which the run goes on, to `.step_NNNNNN.superseded-N`.
+
+        Otherwise a later resume would take up what this run has abandoned.
+        """
+        for newer, path in step_folders(self.folder).items():
+            if newer > step:
+                _set_aside(path, "superseded")
+
+    def _save(self, step: int, write: Callable[[Path], None], state_text: str) -> Path:
+        aside = self.folder / f".{step_name(step)}.writing-{os.getpid()}"
+        try:
+            aside.mkdir(parents=True)
+            write(aside)
+            write_text_atomic(aside / STATE_FILE, state_text)
+            _flush(aside)
+            write_manifest(aside, step)
+            final = self._publish(aside, step)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise RunFailed(self._failure(step, error)) from error
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        self._prune(step)
+        return final
+
+    def _publish(self, aside: Path, step: int) -> Path:
+        final = self.folder / step_name(step)
+        replaced = None
+        if final.exists():
+            try:
+                verify(final, self._mode)
+                replaced = self.folder / f".{final.name}.replaced-{os.getpid()}"
+                final.rename(replaced)  # `_clean` renames it back if we are killed here
+            except CheckpointError:
+                _set_aside(final, "damaged")
+        aside.rename(final)
+        fsync_dir(self.folder)
+        if replaced:
+            shutil.rmtree(replaced, ignore_errors=True)  # what is left is removed at the next save
+        return final
+
+    def _prune(self, newest: int) -> None:
+        """Delete whole checkpoints older than the `keep` newest ones up to step `newest`, just written."""
+        kept = 1
+        for step, path in step_folders(self.folder).items():
+            if step >= newest:
+                continue
+            try:
+                verify(path, "size")  # a damaged one, or a folder that is not ours, is left alone
+            except CheckpointError:
+                continue
+            if kept < self.keep:
+                kept += 1
+                continue
+            doomed = self.folder / f".{path.name}.deleting-{os.getpid()}"
+            path.rename(doomed)  # never a half-deleted folder under the name of a whole one
+            shutil.rmtree(doomed, ignore_errors=True)  # NFS keeps what a reader has open; see `_clean`
+
+    def _clean(self) -> None:
+        """Remove, or for a replaced checkpoint undo, what processes that are gone left half done."""
+        for name, what, path in self._leftovers():
+            original = self.folder / name
+            if what == "replaced" and not original.exists():
+                path.rename(original)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _leftovers(self) -> Iterator[tuple[str, str, Path]]:
+        if not self.folder.is_dir():
+            return
+        saving = self._background is not None and not self._background.done()
+        for path in list(self.folder.iterdir()):
+            match = _TRANSIENT.fullmatch(path.name)
+            if match and not _alive(int(match[3]), saving):
+                yield match[1], match[2], path
+
+    def _failure(self, step: int, error: OSError) -> str:
+        earlier = next(iter(step_folders(self.folder).values()), None)
+        return (
+            f"the checkpoint of step {step} could not be written to {self.folder}: {error.strerror or error} "
+            f"({free_space(self.folder) / 2**30:.1f} GiB free there); "
+            + (f"{earlier} stays as it was" if earlier else "there is no earlier one")
+        )
+
+
+def _alive(pid: int, saving: bool) -> bool:
+    """Whether the process that made a folder may still be at work in it.
+
+    Our own pid is not, unless a save is under way: in a container every run may have the same pid.
+    """
+    if pid == os.getpid():
+        return saving
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _flush(folder: Path) -> None:
+    """Everything below `folder` to the disk: contents first, then names."""
+    folders = [folder]
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            folders.append(path)
+        elif path.is_file():
+            fsync_file(path)
+    for path in folders:
+        fsync_dir(path)
+
+
+def _set_aside(path: Path, why: str) -> None:
+    """Rename to `.step_000010.damaged-1`, or with the next number that is free."""
+    number = 1
+    while (aside := path.with_name(f".{path.name}.{why}-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    fsync_dir(path.parent)
+    _log.warning("%s is %s: moved to %s", path, why, aside)

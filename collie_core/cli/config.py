@@ -1,0 +1,50 @@
+"""`collie config check|show|schema`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, text in (
+        ("check", "find every mistake that needs no data and no device"),
+        ("show", "print the config with every default filled in"),
+    ):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("config", help="YAML file")
+        action.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
+        action.add_argument("--json", action="store_true", help="print JSON")
+    text = "print a JSON schema of the config, with the options of the installed plugins"
+    actions.add_parser("schema", help=text, description=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, show, or print the schema."""
+    if args.action == "schema":
+        from collie_core.config.json_schema import full_schema
+
+        print(json.dumps(full_schema(), indent=2))
+        return 0
+    from collie_core.config.load import load_config
+
+    config = load_config(args.config, args.overrides)
+    if args.action == "check":
+        from collie_core.train.setup import check_run
+
+        found = check_run(config)
+        if args.json:
+            print(json.dumps({"config": args.config, "plugins": found}))
+        else:
+            print(f"{args.config}: no mistake found ({', '.join(found)})", file=sys.stderr)
+        return 0
+    if args.json:
+        print(json.dumps(config.to_mapping(), indent=2))
+    else:
+        import yaml
+
+        print(yaml.safe_dump(config.to_mapping(), sort_keys=False, allow_unicode=True), end="")
+    return 0

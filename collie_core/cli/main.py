@@ -1,0 +1,88 @@
+"""The `collie` command: finds the subcommand, runs it, and turns errors into messages and exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from collie_core import __version__
+from collie_core.errors import CollieError, nearest
+
+#: command -> what it does; the module of the same name has `add_arguments(parser)` and `run(args) -> status`
+COMMANDS = {
+    "train": "train a model as a YAML file says",
+    "eval": "evaluate a model on the evaluation data of a YAML file",
+    "generate": "complete a prompt",
+    "export": "write a model in Hugging Face layout",
+    "plugins": "list the installed plugins",
+    "config": "check or show a YAML file, or print the JSON schema",
+    "data": "show the records of a YAML file as the model sees them",
+    "doctor": "check the installation",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except CollieError as error:
+        return _report(str(error), error, error.exit_status)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        return _report(_unexpected(error), error, 1)
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"collie {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"error: unknown command {name!r}{nearest(name, COMMANDS)}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(f"collie_core.cli.{name}")
+    parser = argparse.ArgumentParser(prog=f"collie {name}", description=COMMANDS[name])
+    command.add_arguments(parser)
+    return int(command.run(_parse(parser, rest)))
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    try:  # lets options stand between `CONFIG` and `key.path=value`
+        return parser.parse_intermixed_args(arguments)
+    except TypeError:  # the command has actions, which argparse does not mix
+        return parser.parse_args(arguments)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+    return "usage: collie COMMAND ...\n\n" + "\n".join(lines) + "\n\n`collie COMMAND --help` tells more."
+
+
+def _unexpected(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", []))
+    return (
+        f"{type(error).__name__}: {error}{notes}\n  raised{place}; COLLIE_TRACEBACK=1 shows the whole traceback"
+    )
+
+
+def _report(message: str, error: BaseException, status: int) -> int:
+    if os.environ.get("COLLIE_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    print(f"error: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,38 @@
+"""`collie train CONFIG [key.path=value ...]`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; 0 when done, 143 or 130 when a signal ended it, saved and resumable."""
+    from collie_core.config.load import load_config
+    from collie_core.train.trainer import Trainer
+
+    result = Trainer(load_config(args.config, args.overrides)).train()
+    if args.json:
+        summary = {
+            "step": result.step,
+            "evaluation": result.evaluation,
+            "output_dir": str(result.output_dir),
+            "model": str(result.model) if result.model else None,
+            "stopped_by": result.signal.name if result.signal else result.stopped_by,
+        }
+        print(json.dumps(summary))
+    if result.signal is not None:
+        print(
+            f"stopped by {result.signal.name} after step {result.step}; the same command goes on",
+            file=sys.stderr,
+        )
+        return 128 + int(result.signal)
+    return 0

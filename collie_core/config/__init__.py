@@ -1,0 +1,1 @@
+"""The configuration: schema, YAML documents with line numbers, and their checks."""

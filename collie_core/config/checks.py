@@ -1,0 +1,112 @@
+"""Checks across the keys of a config: sizes against processes, batch arithmetic, what a resume may change."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from collie_core.config.problems import ConfigProblems, Key
+from collie_core.config.schema import CollieConfig
+
+#: What may differ between a checkpoint and the run that resumes it (key paths; a section stands for all in it).
+MAY_DIFFER: tuple[Key, ...] = (
+    ("dp_size",),
+    ("tp_size",),
+    ("pp_size",),
+    ("layout",),
+    ("use_flash",),
+    ("monitors",),
+    ("evaluate",),
+    ("checkpoint",),
+    ("ops",),
+    ("output_dir",),
+    ("train", "compile"),
+    ("train", "activation_checkpointing"),
+    ("train", "epochs"),
+    ("train", "max_steps"),
+    # covered by the global batch, which is compared itself
+    ("train", "micro_batch_size"),
+    ("train", "gradient_accumulation_steps"),
+    ("train", "global_batch_size"),
+)
+
+
+def processes() -> int:
+    """Number of processes of this job, as torchrun or srun say it."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def accumulation_steps(config: CollieConfig) -> int:
+    """Micro-batches of a full optimizer step.  Raises ConfigProblems where the sizes do not divide."""
+    train = config.train
+    rows = train.micro_batch_size * config.dp_size
+    arithmetic = f"micro_batch_size {train.micro_batch_size} x dp_size {config.dp_size} = {rows}"
+    if train.global_batch_size is None:
+        return train.gradient_accumulation_steps or 1
+    if train.global_batch_size % rows:
+        message = f"{train.global_batch_size} is no multiple of {arithmetic}"
+        raise config.problems(ConfigProblems([(("train", "global_batch_size"), message)]))
+    accumulation = train.global_batch_size // rows
+    if train.gradient_accumulation_steps not in (None, accumulation):
+        message = (
+            f"{train.gradient_accumulation_steps} contradicts global_batch_size {train.global_batch_size}: "
+            f"{arithmetic}, so it must be {accumulation} or left out"
+        )
+        raise config.problems(ConfigProblems([(("train", "gradient_accumulation_steps"), message)]))
+    return accumulation
+
+
+def global_batch_size(config: CollieConfig) -> int:
+    """Rows of a full optimizer step over all data-parallel ranks."""
+    return config.train.micro_batch_size * config.dp_size * accumulation_steps(config)
+
+
+def check_config(config: CollieConfig, world_size: int) -> None:
+    """Everything that needs neither a plugin nor a file.  Raises ConfigProblems with all of it."""
+    found: list[tuple[Key, str]] = []
+    product = config.dp_size * config.tp_size * config.pp_size
+    if product != world_size:
+        found.append(
+            (
+                ("dp_size",),
+                f"dp_size {config.dp_size} x tp_size {config.tp_size} x pp_size {config.pp_size} = {product}, "
+                f"but the job has {world_size} process{'es' if world_size > 1 else ''}",
+            )
+        )
+    schedule = config.schedule
+    if schedule.warmup_steps is not None and schedule.warmup_ratio:
+        found.append((("schedule", "warmup_steps"), "give warmup_steps or warmup_ratio, not both"))
+    for name in ("train", "eval"):
+        weights = [source.weight is None for source in getattr(config.data, name) or []]
+        if any(weights) and not all(weights):
+            found.append((("data", name), "give every source a weight, or none"))
+    both = set(config.train.trainable) & set(config.train.frozen)
+    if both:
+        found.append((("train", "frozen"), f"{sorted(both)[0]!r} is also in train.trainable"))
+    if found:
+        raise config.problems(ConfigProblems(found))
+    accumulation_steps(config)
+
+
+def resume_differences(saved: Mapping[str, Any], config: CollieConfig) -> list[tuple[Key, str]]:
+    """What the config changes of the run that it would resume, and may not."""
+    found = [
+        (path, f"is {new!r}, but the run to resume has {old!r}; use another output_dir, or set it back")
+        for path, old, new in _differences(saved, config.to_mapping(), ())
+        if not any(path[: len(free)] == free for free in MAY_DIFFER)
+    ]
+    before = global_batch_size(CollieConfig(**{**saved, "output_dir": config.output_dir}))
+    now = global_batch_size(config)
+    if before != now:
+        message = f"the global batch is {now} rows, but {before} in the run to resume"
+        found.append((("train", "micro_batch_size"), message))
+    return found
+
+
+def _differences(old: Any, new: Any, path: Key) -> Iterator[tuple[Key, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), (*path, key))
+    elif old != new:
+        yield path, old, new

@@ -1,0 +1,167 @@
+"""Messages through a chat template, and which characters of the text the assistant says.
+
+The answer to messages[:i] is what the template's text for messages[:i + 1] has beyond its text for
+messages[:i] with the generation prompt, so the end-of-turn token is part of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from collie_core.data.sources import BadRecord
+from collie_core.data.templates import Template
+from collie_core.errors import DataError
+
+Ranges = tuple[tuple[int, int], ...]
+
+MARK = "\ufdd0answer\ufdd0"  # stands for an answer; noncharacters, so no text holds it
+
+
+def render_conversation(messages: Any, tokenizer: Any, template: Template) -> tuple[str, Ranges]:
+    """The text up to the end of the last answer, and the ranges of the answers in it.
+
+    What follows the last answer teaches nothing and is left out.
+    Raises BadRecord, and DataError where no chat template is at hand.
+    """
+    _check(messages)
+    if template.chat is None:
+        raise DataError(
+            f"records with messages need a chat template, but {_lacking(template)}: "
+            "set data.template to chatml, vicuna or the path of a .jinja file"
+        )
+    text = _render(messages, tokenizer, template)
+    answers = _answers_by_prefixes(text, messages, tokenizer, template)
+    if answers is None:
+        answers = _answers_by_generation_marks(text, messages, tokenizer, template)
+    return text[: answers[-1][1]], answers
+
+
+def _lacking(template: Template) -> str:
+    return f"template {template.name} is for an instruction" if template.chosen else "the tokenizer has none"
+
+
+def _check(messages: Any) -> None:
+    if not isinstance(messages, list | tuple) or not messages:
+        raise BadRecord('"messages" is no list of messages, or empty')
+    for message in messages:
+        if (
+            not isinstance(message, Mapping)
+            or not isinstance(message.get("role"), str)
+            or not ("content" in message or "tool_calls" in message)
+        ):
+            raise BadRecord('a message lacks "role" or "content"', f": {str(message)[:80]}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadRecord('no message has the role "assistant", so nothing would be trained')
+
+
+def _render(messages: Any, tokenizer: Any, template: Template, prompt: bool = False) -> str:
+    """The template's text; `prompt` asks for the words that open an answer."""
+    import jinja2
+
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), chat_template=template.chat, tokenize=False, add_generation_prompt=prompt
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"data.template: {template.name}: line {error.lineno}: {error.message}") from None
+    except Exception as error:  # a template is a program of its own and may fail in any way
+        raise BadRecord(f"{template.name} refuses the messages", f": {error}") from None
+    assert isinstance(text, str)
+    return text
+
+
+def _answers_by_prefixes(text: str, messages: Any, tokenizer: Any, template: Template) -> Ranges | None:
+    """Ranges of the answers, or None where the text of fewer messages is no prefix of the whole."""
+    answers = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = messages[:index]
+        start = _start(text, before, tokenizer, template)
+        if start is None:
+            return None
+        upto = text if index == len(messages) - 1 else _render(messages[: index + 1], tokenizer, template)
+        content = message.get("content") or ""
+        if text.startswith(upto):
+            end: int | None = _end(upto, content)
+        else:
+            end = _old_turn_end(text, start, before, content, tokenizer, template)
+        if end is None or end <= start:
+            return None
+        answers.append((start, end))
+    return tuple(answers)
+
+
+def _start(text: str, before: Any, tokenizer: Any, template: Template) -> int | None:
+    """Where the answer to `before` starts, if the text begins with the template's text for `before`."""
+    if before:
+        prompt = _render(before, tokenizer, template, prompt=True)
+        if prompt != _render(before, tokenizer, template):
+            return len(prompt) if text.startswith(prompt) else None
+    # No generation prompt: a header such as "assistant:" stands before the answer, not for the model to say.
+    header = _around_answer(before, tokenizer, template)[0]
+    return len(header) if text.startswith(header) else None
+
+
+def _end(upto: str, content: Any) -> int:
+    """Where the last answer of `upto` ends: with its end-of-turn token, without the white space after it."""
+    found = upto.rfind(content) if isinstance(content, str) else -1
+    return max(len(upto.rstrip()), found + len(content) if found >= 0 else 0)
+
+
+def _old_turn_end(
+    text: str, start: int, before: Any, content: Any, tokenizer: Any, template: Template
+) -> int | None:
+    """The end of an answer that the template tells otherwise now than when it was the last one.
+
+    Some leave out the reasoning of old turns; then the answer's own words and the end-of-turn token must
+    still follow the start.
+    """
+    if not isinstance(content, str) or not content.strip():
+        return None
+    end_of_turn = _around_answer(before, tokenizer, template)[1].rstrip()
+    for words in (content, content.strip()):
+        found = text.find(words + end_of_turn, start)
+        if found >= 0 and not text[start:found].strip():
+            return found + len(words + end_of_turn)
+    return None
+
+
+def _around_answer(before: Any, tokenizer: Any, template: Template) -> tuple[str, str]:
+    """What the template puts before and after the words of an answer to `before`."""
+    marked = _render([*before, {"role": "assistant", "content": MARK}], tokenizer, template)
+    header, _, ending = marked.partition(MARK)
+    return header, ending
+
+
+def _answers_by_generation_marks(text: str, messages: Any, tokenizer: Any, template: Template) -> Ranges:
+    """Ranges that the template itself marks by `{% generation %}`, each with the special token after it."""
+    failure = BadRecord(
+        f"{template.name} cannot be masked",
+        ": its text of the first messages is not the beginning of its text of all, so answers cannot be told "
+        "from prompts; mark them by {% generation %} in a .jinja file, or set data.template to chatml",
+    )
+    marked = re.search(r"\{%-?\s*generation\s*-?%\}", template.chat or "")
+    if not marked or not getattr(tokenizer, "is_fast", False):
+        raise failure
+    encoded = tokenizer.apply_chat_template(
+        list(messages),
+        chat_template=template.chat,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
+    )
+    ranges: list[tuple[int, int]] = []
+    for trained, (start, end) in zip(encoded["assistant_masks"], encoded["offset_mapping"], strict=True):
+        if trained and ranges and ranges[-1][1] >= start:
+            ranges[-1] = (ranges[-1][0], end)
+        elif trained:
+            ranges.append((start, end))
+    if not ranges:
+        raise failure
+    special = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens) or "(?!)")
+    return tuple(
+        (start, after.end() if (after := special.match(text, end)) else end) for start, end in ranges
+    )

@@ -1,0 +1,299 @@
+"""The whole contract between the core and its plugins, in one file; importing it imports no torch.
+
+An entry point (groups below) names a class with `collie_api = 1`, a nested `Options` (a plain frozen
+dataclass) and methods marked `@hookimpl`.  The core validates the config section, makes one instance a
+section, `cls(options)`, and registers it in the run's own plugin manager as `kind:index:name`.
+A hook implementation takes only the arguments that it needs, by name.
+
+Shapes: B rows, S positions, H heads, D head width, E hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import pluggy
+
+if TYPE_CHECKING:  # names for readers and mypy only
+    from torch import Tensor, nn
+
+    from collie_core.data.batch import MicroBatch, StepBatch
+    from collie_core.models.weight_map import ParallelPlan, Relative, WeightRule
+    from collie_core.ops import Ops
+    from collie_core.run import Run
+
+hookspec = pluggy.HookspecMarker("collie")
+hookimpl = pluggy.HookimplMarker("collie")
+
+API_VERSION = 1
+
+#: kind -> entry-point group.  The entry point's name is what a config says; for models, the `model_type`.
+GROUPS = {
+    "model": "collie.models",
+    "layout": "collie.layouts",
+    "optimizer": "collie.optimizers",
+    "adapter": "collie.adapters",
+    "monitor": "collie.monitors",
+    "plugin": "collie.plugins",
+}
+
+#: kind -> the hook that a plugin of this kind must implement (a `plugin` only listens).
+REQUIRED_HOOK = {
+    "model": "collie_model_provider",
+    "layout": "collie_layout",
+    "optimizer": "collie_optimizer",
+    "adapter": "collie_adapter",
+    "monitor": "collie_monitor",
+}
+
+
+# ---------------------------------------------------------------- what the factories return
+@runtime_checkable
+class ModelProvider(Protocol):
+    """Everything the engine must know of one model family."""
+
+    @property
+    def template(self) -> str | None:
+        """Chat template (Jinja) for records with messages where the tokenizer has none."""
+
+    @property
+    def export_as(self) -> Mapping[str, Relative]:
+        """Native relatives that `collie export --as NAME` can write; may be empty."""
+
+    def read_config(self, hf_config: Mapping[str, Any]) -> Any:
+        """The family's own config from the mapping in `config.json`.
+
+        Raises ConfigError for a key or value that the family does not support; never ignores one that
+        changes the result.
+        """
+
+    def build(self, config: Any, ops: Ops) -> nn.Module:
+        """The complete module, called under `torch.device("meta")`.
+
+        The module has three children: `embed(input_ids, ctx) -> (B, S, E)`, `blocks`, a ModuleDict keyed
+        by the global index as a string, each `block(h, ctx) -> h`, and `head(h, ctx) -> logits (..., V)`,
+        which works on each position by itself.  Blocks call `ops.attention(q, k, v, ctx)`.
+        Buffers that no checkpoint holds are made by an optional method `reset_buffers(device)`.
+        """
+
+    def weight_map(self, config: Any) -> Sequence[WeightRule]:
+        """How checkpoint tensors become the module's parameters, and back."""
+
+    def parallel_plan(self, config: Any) -> ParallelPlan:
+        """Which parameters are cut by columns, rows or vocabulary under tensor parallelism."""
+
+    def tokenizer(self, path: Path) -> Any:
+        """A tokenizer with the transformers interface, read from a folder without running its code."""
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """Updates parameters, either after the backward pass (`step`) or inside it (`update`)."""
+
+    @property
+    def in_backward(self) -> bool:
+        """True: `update` is called for each gradient, which is freed after it.  False: `step` is called."""
+
+    def passes(self, step: StepBatch) -> list[str]:
+        """Forward-backward passes over the step batch: `["update"]`, or `["norm", "update"]` to learn the
+        gradient norm in a pass of its own instead of keeping all gradients."""
+
+    def begin_pass(self, name: str, lr: float, loss_scale: float, grad_scale: Any) -> None:
+        """Called before the first gradient of a pass is complete.
+
+        The true gradient is `gradient / loss_scale`, clamped to ±clip_grad_value where that is set, times
+        `grad_scale` (a float or a 0-d tensor; the factor of norm clipping).  Not called with name "norm"
+        for anything but information: in that pass the layout measures and drops the gradients.
+        """
+
+    def end_pass(self, name: str) -> None:
+        """Called when the pass has ended."""
+
+    def update(self, name: str, parameter: nn.Parameter, gradient: Tensor, finite: Tensor) -> None:
+        """(in_backward only) Update one parameter with its complete gradient, summed over micro-batches
+        and ranks.  `finite` is a 0-d bool tensor on the gradient's device: where it is false neither the
+        parameter nor any state may change; select with `torch.where`, never ask the host."""
+
+    def step(self, lr: float) -> None:
+        """(not in_backward) Update every parameter from its `.grad`, already unscaled and clipped."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """State tensors under flat names `<parameter name>.<state>`; live tensors, not copies."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of state_dict."""
+
+
+class Layout(Protocol):
+    """Where the model lives and how a step runs: one process, or many."""
+
+    model: nn.Module
+    optimizer: Optimizer | None
+
+    def prepare(
+        self,
+        provider: ModelProvider,
+        adapters: Sequence[Adapter],
+        make_optimizer: Callable[[nn.Module], Optimizer] | None,
+    ) -> None:
+        """Build, adapt, cut, allocate and load the model, then make the optimizer on final parameters."""
+
+    def train_step(self, step_batch: StepBatch, lr: float) -> dict[str, float]:
+        """Every pass, reduction, clipping and update of one step.
+
+        Returns loss (mean over target tokens), grad_norm (before clipping) and finite (1.0 or 0.0)."""
+
+    def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:
+        """(summed loss, number of target tokens) over all ranks, without gradients."""
+
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """Prompt and new tokens, (B, S + new); options as `collie_core.models.generation.generate`."""
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer tensors into a checkpoint folder."""
+
+    def load(self, folder: Path) -> None:
+        """Read them back, in place, whatever the layout that wrote them."""
+
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of every parameter and persistent buffer, one at a time, for export."""
+
+    def close(self, error: BaseException | None) -> None:
+        """Free what prepare took."""
+
+
+class Adapter(Protocol):
+    """Adds or replaces a few parameters of a model (LoRA and the like)."""
+
+    def adapt(self, model: nn.Module) -> None:
+        """Change the structure of the complete meta module; no values yet."""
+
+    def initialise(self, name: str, slice: Tensor) -> None:
+        """Fill (a slice of) the new parameter `name`, a function of seed, name and global index."""
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter in its library's own layout."""
+
+    def load(self, folder: Path) -> None:
+        """Read what save wrote."""
+
+    def merge(self, model: nn.Module) -> None:
+        """Fold the adapter into the weights it adapts."""
+
+
+class Monitor(Protocol):
+    """Shows or stores what happens; a monitor that fails is reported once and dropped."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Figures of a training step (`loss`, `lr`, ...) or of an evaluation (`perplexity/perplexity`)."""
+
+    def text(self, step: int, key: str, value: str) -> None:
+        """A piece of text, such as a generated sample."""
+
+    def close(self, error: BaseException | None) -> None:
+        """The run has ended, by `error` or well."""
+
+
+# ---------------------------------------------------------------- factories, each asked of one selected plugin
+@hookspec(firstresult=True)
+def collie_model_provider(checkpoint: Any, run: Run | None) -> ModelProvider:  # type: ignore[empty-body]
+    """The provider for a checkpoint (`.path: Path | None`, `.config: dict`).  `run` is None outside a run."""
+
+
+@hookspec(firstresult=True)
+def collie_layout(run: Run) -> Layout:  # type: ignore[empty-body]
+    """The layout of a run; it opens its process groups here and prepares the model later."""
+
+
+@hookspec(firstresult=True)
+def collie_optimizer(model: nn.Module, layout: Layout, run: Run) -> Optimizer:  # type: ignore[empty-body]
+    """The optimizer over the final parameters of `model`; `run.parameter_groups(model)` has the groups."""
+
+
+@hookspec(firstresult=True)
+def collie_adapter(run: Run) -> Adapter:  # type: ignore[empty-body]
+    """One adapter, applied in the order of the config."""
+
+
+@hookspec(firstresult=True)
+def collie_monitor(run: Run) -> Monitor:  # type: ignore[empty-body]
+    """One monitor; made on rank 0 after the output folder exists."""
+
+
+# ---------------------------------------------------------------- asked of every selected plugin
+@hookspec
+def collie_check(run: Run) -> Sequence[str]:  # type: ignore[empty-body]
+    """Problems: what this plugin cannot serve in this run; asked before anything is allocated or written."""
+
+
+# ---------------------------------------------------------------- lifecycle, told to every selected plugin
+@hookspec
+def collie_run_start(run: Run) -> None:
+    """Training is about to begin (or to go on, `run.step` steps done)."""
+
+
+@hookspec
+def collie_epoch_start(run: Run, epoch: int) -> None:
+    """An epoch begins (counted from 0)."""
+
+
+@hookspec
+def collie_step_start(run: Run, step: int) -> None:
+    """Step `step` (counted from 1) begins."""
+
+
+@hookspec
+def collie_backward_end(run: Run, step: int) -> None:
+    """All passes of the step are done (for a fused optimizer: the updates too)."""
+
+
+@hookspec
+def collie_step_end(run: Run, step: int, metrics: Mapping[str, float]) -> None:
+    """The step is done; `run.stop(reason)` here ends the run after it."""
+
+
+@hookspec
+def collie_epoch_end(run: Run, epoch: int) -> None:
+    """An epoch is done."""
+
+
+@hookspec
+def collie_evaluate_start(run: Run, step: int) -> None:
+    """An evaluation begins."""
+
+
+@hookspec
+def collie_evaluate_end(run: Run, step: int, metrics: Mapping[str, float]) -> None:
+    """An evaluation is done."""
+
+
+@hookspec
+def collie_checkpoint_saving(run: Run, step: int) -> None:
+    """A checkpoint is about to be written."""
+
+
+@hookspec
+def collie_checkpoint_saved(run: Run, step: int, path: Path) -> None:
+    """A checkpoint is whole, at `path`."""
+
+
+@hookspec
+def collie_model_loaded(run: Run, model: nn.Module) -> None:
+    """The model has its weights."""
+
+
+@hookspec
+def collie_exported(run: Run, path: Path) -> None:
+    """The model was written in Hugging Face layout."""
+
+
+@hookspec
+def collie_run_error(run: Run, error: BaseException) -> None:
+    """The run is ending by `error`."""
+
+
+@hookspec
+def collie_run_end(run: Run) -> None:
+    """The run has ended, well or not."""

@@ -1,0 +1,1 @@
+"""Layouts: where the model lives and how a step runs."""

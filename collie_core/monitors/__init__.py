@@ -1,0 +1,1 @@
+"""The core's own record of a run, and its console monitor."""

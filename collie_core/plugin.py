@@ -1,0 +1,51 @@
+"""What plugins build with: one import for everything that a plugin author needs beside torch."""
+
+from __future__ import annotations
+
+from collie_core.errors import CheckpointError, ConfigError, DataError, PluginError, RunFailed, nearest
+from collie_core.hookspecs import Adapter, Layout, ModelProvider, Monitor, Optimizer, hookimpl
+from collie_core.models.causal_lm import CausalLM
+from collie_core.models.weight_map import (
+    Ignore,
+    Merge,
+    ParallelPlan,
+    Relative,
+    Rename,
+    Split,
+    Transpose,
+    WeightRule,
+)
+from collie_core.ops import Context, Ops
+from collie_core.ops.rounding import round_to
+from collie_core.optimizers.gradients import scaled_gradient
+from collie_core.run import ParameterGroup, Run
+
+__all__ = [
+    "Adapter",
+    "CausalLM",
+    "CheckpointError",
+    "ConfigError",
+    "Context",
+    "DataError",
+    "Ignore",
+    "Layout",
+    "Merge",
+    "ModelProvider",
+    "Monitor",
+    "Optimizer",
+    "Ops",
+    "ParallelPlan",
+    "ParameterGroup",
+    "PluginError",
+    "Relative",
+    "Rename",
+    "Run",
+    "RunFailed",
+    "Split",
+    "Transpose",
+    "WeightRule",
+    "hookimpl",
+    "nearest",
+    "round_to",
+    "scaled_gradient",
+]

@@ -1,0 +1,218 @@
+"""The plugins that one run selected, and the ways in which the core asks and tells them."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from collie_core import hookspecs
+from collie_core.errors import CollieError, PluginError
+from collie_core.registry.contract import hook_problem, hook_marks
+from collie_core.registry.discovery import PluginInfo
+from collie_core.registry.registry import Registry, describe_error, make_instance
+
+if TYPE_CHECKING:
+    from collie_core.run import Run
+
+#: a failure of one of these ends the run, since its result depends on them; any other plugin is dropped
+ESSENTIAL = ("model", "layout", "optimizer", "adapter")
+
+
+class _Hooks:
+    """The hook methods of one instance: what pluggy registers.
+
+    An instance may compare equal to another, be unhashable, or have properties that fail; this may not.
+    """
+
+    def __init__(self, instance: object) -> None:
+        for name in hook_marks(instance):
+            setattr(self, name, getattr(instance, name))
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedPlugin:
+    """One plugin instance of a run.  `key` is `kind:index:name`; info is None for a user's callback."""
+
+    kind: str
+    key: str
+    instance: Any
+    info: PluginInfo | None
+    hooks: _Hooks
+
+    @property
+    def label(self) -> str:
+        """For messages: kind, name and where it comes from."""
+        if self.info is None:
+            return f"callback {type(self.instance).__qualname__}"
+        return f"{self.kind} {self.info.name!r} ({self.info.distribution} {self.info.version})"
+
+
+class RunPlugins:
+    """A plugin manager of one run.  Nothing in it is shared with another run."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self._manager = pluggy.PluginManager("collie")
+        self._manager.add_hookspecs(hookspecs)
+        self._selected: list[SelectedPlugin] = []
+        self._dropped: set[str] = set()
+
+    def add(self, kind: str, name: str, options: Mapping[str, Any] | None = None) -> SelectedPlugin:
+        """Select the plugin that `name` means; the same one may be selected several times.
+
+        Raises PluginError where it cannot be used, ConfigProblems for wrong options.
+        """
+        loaded = self.registry.load(kind, name)
+        key = f"{kind}:{len(self.of_kind(kind))}:{loaded.info.name}"
+        return self._register(kind, key, make_instance(loaded, options or {}), loaded.info)
+
+    def register_object(self, instance: object, name: str) -> SelectedPlugin:
+        """Register a user's callback: any object with methods marked `@hookimpl`.  Raises PluginError."""
+        problem = hook_problem(instance)
+        if not problem and not hook_marks(instance):
+            problem = "none of its methods is marked with @hookimpl"
+        if problem:
+            raise PluginError(f"callback {type(instance).__qualname__} cannot be used: {problem}")
+        return self._register("callback", name, instance, None)
+
+    def _register(self, kind: str, key: str, instance: object, info: PluginInfo | None) -> SelectedPlugin:
+        plugin = SelectedPlugin(kind, key, instance, info, _Hooks(instance))
+        try:
+            self._manager.register(plugin.hooks, name=key)
+        except (pluggy.PluginValidationError, ValueError) as error:
+            raise PluginError(f"{plugin.label} cannot be used: {' '.join(str(error).split())}") from None
+        self._selected.append(plugin)
+        return plugin
+
+    def of_kind(self, kind: str) -> list[SelectedPlugin]:
+        """The selected plugins of a kind, in the order of the config."""
+        return [plugin for plugin in self._selected if plugin.kind == kind]
+
+    def call_one(self, plugin: SelectedPlugin, hook: str, **arguments: Any) -> Any:
+        """Ask one plugin's factory hook; `plugin` plugins and callbacks may wrap it (`hookimpl(wrapper=True)`).
+
+        Raises PluginError where it returns nothing; what it raises itself is noted with its origin.
+        """
+        others = [other.hooks for other in self._selected if other is not plugin and not _wraps(other, hook, self._manager)]
+        caller = self._manager.subset_hook_caller(hook, others)
+        with _origin_noted(plugin):
+            made = caller(**arguments)
+        if made is None:
+            raise PluginError(f"{plugin.label}: its {hook} returned nothing")
+        return made
+
+    def check(self, run: Run) -> list[str]:
+        """What the selected plugins cannot serve in this run, each problem with the plugin's name.
+
+        A plugin that fails in its check ends the command, whatever its kind.
+        """
+        problems = []
+        for plugin, implementation in self._implementations("collie_check"):
+            with _origin_noted(plugin):
+                found = _call(implementation, {"run": run})
+            if not isinstance(found, str | list | tuple | None):
+                raise PluginError(f"{plugin.label}: collie_check returned {found!r}, expected a list of texts")
+            name = plugin.info.name if plugin.info else plugin.label
+            problems += [f"{plugin.kind} {name}: {text}" for text in ([found] if isinstance(found, str) else found or [])]
+        return problems
+
+    def broadcast(self, hook: str, **arguments: Any) -> None:
+        """Tell every selected plugin of a lifecycle event, in the order of the config.
+
+        A monitor, plugin or callback that fails is reported once on stderr and told nothing more.
+        `tryfirst` and `trylast` are respected; a wrapper surrounds all others.
+        """
+        wrapping: list[tuple[SelectedPlugin, Generator[None, Any, Any]]] = []
+        for plugin, implementation in self._implementations(hook):
+            with self._isolated(plugin, hook):
+                result = _call(implementation, arguments)
+                if implementation.wrapper:
+                    next(result)
+                    wrapping.append((plugin, result))
+        for plugin, generator in reversed(wrapping):
+            with self._isolated(plugin, hook):
+                _finish(generator)
+
+    def provenance(self) -> list[dict[str, str]]:
+        """Kind, name, distribution, version and file of every selected plugin."""
+        return [
+            {
+                "kind": plugin.kind,
+                "name": plugin.info.name if plugin.info else type(plugin.instance).__qualname__,
+                "distribution": plugin.info.distribution if plugin.info else "",
+                "version": plugin.info.version if plugin.info else "",
+                "file": _file(plugin.instance),
+            }
+            for plugin in self._selected
+        ]
+
+    def _implementations(self, hook: str) -> Iterator[tuple[SelectedPlugin, pluggy.HookImpl]]:
+        """Wrappers, then tryfirst, then the order of the config, then trylast."""
+        by_key = {plugin.key: plugin for plugin in self._selected}
+        caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
+        for implementation in sorted(caller.get_hookimpls(), key=lambda i: (not i.wrapper, i.trylast - i.tryfirst)):
+            if implementation.plugin_name not in self._dropped:
+                yield by_key[implementation.plugin_name], implementation
+
+    @contextmanager
+    def _isolated(self, plugin: SelectedPlugin, hook: str) -> Iterator[None]:
+        if plugin.kind in ESSENTIAL:
+            with _origin_noted(plugin):
+                yield
+            return
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            self._dropped.add(plugin.key)
+            print(
+                f"warning: {plugin.label} failed in {hook} and is told nothing more: {describe_error(error)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _call(implementation: pluggy.HookImpl, arguments: Mapping[str, Any]) -> Any:
+    return implementation.function(*(arguments[name] for name in implementation.argnames))
+
+
+def _finish(generator: Generator[None, Any, Any]) -> None:
+    try:
+        generator.send(None)
+    except StopIteration:
+        return
+    raise RuntimeError("a wrapper must yield once")
+
+
+def _wraps(plugin: SelectedPlugin, hook: str, manager: pluggy.PluginManager) -> bool:
+    """True for a plugin that may wrap others' factories, and wraps this one."""
+    if plugin.kind not in ("plugin", "callback"):
+        return False
+    caller: pluggy.HookCaller = getattr(manager.hook, hook)
+    return any(i.plugin is plugin.hooks and i.wrapper for i in caller.get_hookimpls())
+
+
+@contextmanager
+def _origin_noted(plugin: SelectedPlugin) -> Iterator[None]:
+    """Note the plugin on an error that it raises; turn a missing library into a PluginError."""
+    try:
+        yield
+    except ImportError as error:
+        raise PluginError(f"{plugin.label} cannot be used: {describe_error(error)}") from error
+    except CollieError:
+        raise
+    except Exception as error:
+        error.add_note(f"raised by {plugin.label}")
+        raise
+
+
+def _file(instance: object) -> str:
+    try:
+        return inspect.getfile(type(instance))
+    except TypeError:  # a class made in an interactive session
+        return ""

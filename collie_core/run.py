@@ -1,0 +1,107 @@
+"""What every plugin is given of a run: its config, place, device, hooks, and the way to stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from collie_core.config.schema import CollieConfig
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning-rate factor and a weight decay.
+
+    lr_scale multiplies the step's learning rate.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    lr_scale: float
+    weight_decay: float
+
+
+@dataclass
+class Run:
+    """One training run (or evaluation) in one process.
+
+    step counts finished optimizer steps; total_steps is known once the data are.
+    resolved holds every `auto` of the config as it was resolved.
+    model_config is the provider's own config object, hf_config the mapping of `config.json`.
+    model_path is the folder with the weights; model is the user's own module, used instead, or None.
+    loss_fn is the user's own loss, or None.
+    """
+
+    config: CollieConfig
+    output_dir: Path
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    step: int = 0
+    total_steps: int = 0
+    tokenizer: Any = None
+    model_path: Path | None = None
+    model: nn.Module | None = None
+    model_config: Any = None
+    hf_config: dict[str, Any] = field(default_factory=dict)
+    provider_name: str = ""
+    resolved: dict[str, Any] = field(default_factory=dict)
+    loss_fn: Callable[..., Tensor] | None = None
+    stop_reason: str | None = None
+
+    @property
+    def seed(self) -> int:
+        """The config's seed."""
+        return self.config.seed
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills rows: the tokenizer's pad token, else its end-of-sequence token, else 0."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if isinstance(token, int) and token >= 0:
+                return token
+        return 0
+
+    def stop(self, reason: str) -> None:
+        """End the run after this step, well: the checkpoint and the export are written."""
+        self.stop_reason = self.stop_reason or reason
+
+    def parameter_groups(
+        self, model: nn.Module, default_lr: float, default_weight_decay: float = 0.0
+    ) -> list[ParameterGroup]:
+        """Trainable parameters of `model`, grouped by learning-rate factor and weight decay.
+
+        Norms, biases (every parameter of fewer than two dimensions) and embeddings are not decayed unless
+        an entry of `optimizer.param_groups` that matches them says so; the first entry that matches wins.
+        """
+        from torch import nn
+
+        options = self.config.optimizer
+        base_lr = options.lr if options.lr is not None else default_lr
+        decay = options.weight_decay if options.weight_decay is not None else default_weight_decay
+        embeddings = {
+            id(parameter)
+            for module in model.modules()
+            if isinstance(module, nn.Embedding)
+            for parameter in module.parameters(recurse=False)
+        }
+        groups: dict[tuple[float, float], dict[str, nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            undecayed = parameter.ndim < 2 or id(parameter) in embeddings
+            lr, weight_decay = base_lr, 0.0 if undecayed else decay
+            for entry in options.param_groups:
+                if any(fnmatchcase(name, pattern) for pattern in entry.params):
+                    lr = entry.lr if entry.lr is not None else lr
+                    weight_decay = entry.weight_decay if entry.weight_decay is not None else weight_decay
+                    break
+            scale = lr / base_lr if base_lr else 1.0
+            groups.setdefault((scale, weight_decay), {})[name] = parameter
+        return [ParameterGroup(members, *key) for key, members in groups.items()]

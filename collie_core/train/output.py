@@ -1,0 +1,108 @@
+"""What a run writes beside its checkpoints: config.yaml, run.json, model files, the final export."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from collie_core.files import write_json_atomic, write_text_atomic
+
+if TYPE_CHECKING:
+    from collie_core.hookspecs import Layout, ModelProvider
+    from collie_core.registry import RunPlugins
+    from collie_core.run import Run
+
+
+def write_config(run: Run) -> None:
+    """`config.yaml`: every key as it was resolved."""
+    import yaml
+
+    text = yaml.safe_dump(run.config.to_mapping(), sort_keys=False, allow_unicode=True)
+    write_text_atomic(run.output_dir / "config.yaml", text)
+
+
+def write_run_json(run: Run, plugins: RunPlugins) -> None:
+    """`run.json`: plugins, versions, hardware, and every `auto` as resolved."""
+    import torch
+
+    cuda = run.device.type == "cuda"
+    content = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "plugins": plugins.provenance(),
+        "versions": {"python": platform.python_version()} | _versions(),
+        "hardware": {
+            "device": str(run.device),
+            "name": torch.cuda.get_device_name(run.device)
+            if cuda
+            else platform.processor() or platform.machine(),
+            "cpus": os.cpu_count(),
+            "memory_gib": round(torch.cuda.get_device_properties(run.device).total_memory / 2**30, 1)
+            if cuda
+            else None,
+        },
+        "world_size": run.world_size,
+        "total_steps": run.total_steps,
+        "resolved": run.resolved,
+    }
+    write_json_atomic(run.output_dir / "run.json", content)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("collie-core", "torch", "transformers", "safetensors", "pluggy", "pydantic", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def checkpoint_state(run: Run, position: Any, data_fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors: step, place in the data, random state, config, resolved autos."""
+    from collie_core.checkpoint.rng import rng_state
+
+    return {
+        "step": run.step,
+        "position": position,
+        "data": data_fingerprint,
+        "rng": rng_state(),
+        "config": run.config.to_mapping(),
+        "resolved": run.resolved,
+        "provider": run.provider_name,
+    }
+
+
+def write_model_files(run: Run, folder: Path) -> None:
+    """config.json, generation config and tokenizer, so that a checkpoint can be exported by itself."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(run.hf_config, indent=2) + "\n")
+    if run.model_path is not None and (run.model_path / "generation_config.json").is_file():
+        shutil.copy(run.model_path / "generation_config.json", folder)
+    if run.tokenizer is not None:
+        run.tokenizer.save_pretrained(str(folder))
+
+
+def export_final(run: Run, provider: ModelProvider, layout: Layout) -> Path:
+    """`model/`: the trained model in Hugging Face layout, published whole."""
+    from collie_core.models.export import export_pretrained
+
+    target = run.output_dir / "model"
+    export_pretrained(
+        target,
+        provider,
+        run.model_config,
+        run.hf_config,
+        layout.full_tensors(),
+        source=run.model_path,
+        tokenizer=run.tokenizer,
+        replace=True,
+    )
+    return target

@@ -1,0 +1,136 @@
+"""Everything a run holds once it is set up, and the things done with it between steps."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collie_core.checkpoint.manager import CheckpointManager
+    from collie_core.data.reader import DataReader
+    from collie_core.hookspecs import Layout, ModelProvider, Monitor
+    from collie_core.monitors.metrics_file import MetricsFile
+    from collie_core.registry import RunPlugins
+    from collie_core.run import Run
+    from collie_core.train.evaluation import Evaluator
+
+
+@dataclass
+class Session:
+    """One process's run.  `position` is the reader's state after the last finished step."""
+
+    run: Run
+    plugins: RunPlugins
+    provider: ModelProvider
+    layout: Layout
+    reader: DataReader
+    evaluators: dict[str, Evaluator]
+    base_lr: float
+    checkpoints: CheckpointManager
+    data_fingerprint: str
+    metrics_file: MetricsFile
+    monitors: list[Monitor] = field(default_factory=list)
+    position: Any = None
+    last_evaluation: dict[str, float] = field(default_factory=dict)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line in metrics.jsonl, and to every monitor."""
+        self.metrics_file.append({"step": step, **metrics})
+        for monitor in list(self.monitors):
+            self._tell(monitor, partial(monitor.log, step, metrics))
+
+    def _tell(self, monitor: Monitor, call: Callable[[], None]) -> None:
+        """Call a monitor; one that fails is reported once and dropped, and the run goes on."""
+        try:
+            call()
+        except Exception as error:
+            name = type(monitor).__name__
+            self.warn(f"monitor {name} failed and is dropped: {type(error).__name__}: {error}")
+            self.monitors.remove(monitor)
+
+    def evaluate(self) -> dict[str, float]:
+        """Run every evaluator on the evaluation data; results under `<evaluator>/<figure>`."""
+        if not self.evaluators:
+            return {}
+        run = self.run
+        self.plugins.broadcast("collie_evaluate_start", run=run, step=run.step)
+        results = {
+            f"{name}/{figure}": value
+            for name, evaluator in self.evaluators.items()
+            for figure, value in evaluator(self.layout).items()
+        }
+        self.log(run.step, results)
+        self.last_evaluation = results
+        self.plugins.broadcast("collie_evaluate_end", run=run, step=run.step, metrics=results)
+        return results
+
+    def save(self) -> Path:
+        """Write the checkpoint of the current step."""
+        from collie_core.train.output import checkpoint_state, write_model_files
+
+        run = self.run
+
+        def write(folder: Path) -> None:
+            self.layout.save(folder)
+            write_model_files(run, folder / "model_files")
+
+        self.plugins.broadcast("collie_checkpoint_saving", run=run, step=run.step)
+        path = self.checkpoints.save(
+            run.step, write, checkpoint_state(run, self.position, self.data_fingerprint)
+        )
+        self.plugins.broadcast("collie_checkpoint_saved", run=run, step=run.step, path=path)
+        return path
+
+    def start(self) -> None:
+        """Open the output folder and the monitors; from here on the run writes."""
+        from collie_core.train.output import write_config, write_run_json
+
+        run = self.run
+        write_config(run)
+        write_run_json(run, self.plugins)
+        self.metrics_file.truncate_after(run.step)
+        self.checkpoints.set_aside_after(run.step)
+        self.monitors = [
+            self.plugins.call_one(plugin, "collie_monitor", run=run)
+            for plugin in self.plugins.of_kind("monitor")
+        ]
+
+    def finish(self) -> None:
+        """The export, and the end of the monitors."""
+        from collie_core.train.output import export_final, write_run_json
+
+        run = self.run
+        write_run_json(run, self.plugins)  # with what was resolved in the first step
+        path = export_final(run, self.provider, self.layout)
+        self.plugins.broadcast("collie_exported", run=run, path=path)
+        self.close(None)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell everyone that the run ends by `error`."""
+        self.plugins.broadcast("collie_run_error", run=self.run, error=error)
+        self.close(error)
+
+    def close(self, error: BaseException | None) -> None:
+        """End plugins and monitors."""
+        self.plugins.broadcast("collie_run_end", run=self.run)
+        for monitor in list(self.monitors):
+            self._tell(monitor, partial(monitor.close, error))
+        self.monitors = []
+
+    def peak_memory_gib(self) -> float:
+        """Peak memory of this process so far, GiB: on the device, or resident on the host for the CPU."""
+        if self.run.device.type == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated(self.run.device) / 2**30
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+    def warn(self, message: str) -> None:
+        """A warning on stderr."""
+        print(f"warning: {message}", file=sys.stderr, flush=True)

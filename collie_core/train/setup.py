@@ -1,0 +1,287 @@
+"""From a Trainer to a Session: every check that can fail by the user's mistake, before anything is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from collie_core.config.checks import check_config, processes, resume_differences
+from collie_core.config.problems import ConfigProblems, Key
+from collie_core.errors import ConfigError, UserError, nearest
+from collie_core.registry import Registry, RunPlugins
+
+if TYPE_CHECKING:
+    from collie_core.checkpoint.manager import Checkpoint
+    from collie_core.config.schema import CollieConfig, PluginSection
+    from collie_core.data.dataset import TokenizedDataset
+    from collie_core.hookspecs import Layout, ModelProvider
+    from collie_core.run import Run
+    from collie_core.train.session import Session
+    from collie_core.train.trainer import Trainer
+
+
+def sections(config: CollieConfig) -> Iterator[tuple[str, Key, PluginSection]]:
+    """(kind, key path, section) of every plugin that a config names, but for the model."""
+    yield "layout", ("layout",), config.layout
+    yield "optimizer", ("optimizer",), config.optimizer
+    for kind, key in (("adapter", "adapters"), ("monitor", "monitors"), ("plugin", "plugins")):
+        for index, section in enumerate(getattr(config, key)):
+            yield kind, (key, index), section
+
+
+def select_plugins(config: CollieConfig, plugins: RunPlugins) -> None:
+    """Load every plugin that the config names and validate its options.
+
+    Raises PluginError for one that cannot be used, ConfigProblems for wrong options.
+    """
+    for kind, path, section in sections(config):
+        try:
+            plugins.add(kind, section.name, section.options)
+        except ConfigProblems as found:
+            raise config.problems(found.below(path)) from None
+    from collie_core.train.evaluation import EVALUATORS
+
+    for index, evaluator in enumerate(config.evaluate.evaluators):
+        if evaluator.name not in EVALUATORS:
+            message = f"unknown evaluator {evaluator.name!r}{nearest(evaluator.name, EVALUATORS)}"
+            raise config.problems(ConfigProblems([(("evaluate", "evaluators", index, "name"), message)]))
+
+
+def check_run(config: CollieConfig) -> list[str]:
+    """What `collie config check` finds: the config, its plugins and their own checks; returns the plugins' names."""
+    import torch
+
+    from collie_core.run import Run
+
+    check_config(config, config.dp_size * config.tp_size * config.pp_size)
+    plugins = RunPlugins(Registry())
+    select_plugins(config, plugins)
+    refuse(plugins.check(Run(config, Path(config.output_dir), torch.device("cpu"))))
+    return [f"{kind} {section.name}" for kind, _, section in sections(config)]
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise ConfigError with all problems, if there are any."""
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def finished(session: Session) -> bool:
+    """True where a resumed run had already done its last step and exported its model."""
+    run = session.run
+    return run.step >= run.total_steps and (run.output_dir / "model").is_dir()
+
+
+@contextmanager
+def open_training(trainer: Trainer) -> Iterator[Session]:
+    """A session ready to train, the output folder locked; closed again at the end."""
+    from collie_core.checkpoint.manager import CheckpointManager
+    from collie_core.checkpoint.rng import restore_rng
+    from collie_core.data.build import build_reader
+    from collie_core.files import OutputLock
+    from collie_core.monitors.metrics_file import MetricsFile
+    from collie_core.train.session import Session
+
+    config = trainer.config
+    with ExitStack() as stack:
+        run, plugins = _new_run(trainer)
+        folder = run.output_dir
+        if folder.is_dir() and any(folder.iterdir()):
+            _must_be_a_run(folder)
+            stack.enter_context(OutputLock(folder))
+        checkpoints = CheckpointManager(folder, keep=config.checkpoint.keep, verify=config.checkpoint.verify)
+        checkpoint = _checkpoint_to_resume(run, checkpoints)
+        provider = _open_model(trainer, run, plugins)
+        refuse(plugins.check(run))
+        train_data = _dataset(trainer, run, provider, "train")
+        eval_data = _dataset(trainer, run, provider, "eval")
+        if train_data is None:
+            raise config.problems(
+                ConfigProblems([(("data", "train"), "is required to train: a file or folder of records")])
+            )
+        reader = build_reader(train_data, config, dp_rank=0, pad_token_id=run.pad_token_id)
+        run.total_steps = reader.total_steps(config.train.epochs)
+        if config.train.max_steps is not None:
+            run.total_steps = min(run.total_steps, config.train.max_steps)
+        layout, base_lr = _prepare(run, plugins, provider, stack, checkpoint)
+        session = Session(
+            run=run,
+            plugins=plugins,
+            provider=provider,
+            layout=layout,
+            reader=reader,
+            evaluators=_evaluators(run, eval_data),
+            base_lr=base_lr,
+            checkpoints=checkpoints,
+            data_fingerprint=train_data.fingerprint,
+            metrics_file=MetricsFile(folder / "metrics.jsonl"),
+        )
+        if checkpoint is not None:
+            state = checkpoint.state()
+            _same_data(config, state["data"], train_data)
+            reader.restore(state["position"])
+            session.position = state["position"]
+            restore_rng(state["rng"])
+        if not folder.is_dir() or not any(folder.iterdir()):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(OutputLock(folder))
+        yield session
+
+
+@contextmanager
+def open_evaluation(trainer: Trainer) -> Iterator[Callable[[], dict[str, float]]]:
+    """A function that runs every evaluator; nothing is written."""
+    config = trainer.config
+    with ExitStack() as stack:
+        run, plugins = _new_run(trainer)
+        provider = _open_model(trainer, run, plugins)
+        refuse(plugins.check(run))
+        data = _dataset(trainer, run, provider, "eval")
+        if data is None:
+            raise config.problems(
+                ConfigProblems([(("data", "eval"), "is required to evaluate: a file or folder of records")])
+            )
+        layout = plugins.call_one(plugins.of_kind("layout")[0], "collie_layout", run=run)
+        stack.callback(layout.close, None)
+        layout.prepare(provider, [], None)
+        evaluators = _evaluators(run, data)
+
+        def evaluate() -> dict[str, float]:
+            return {
+                f"{name}/{figure}": value
+                for name, evaluator in evaluators.items()
+                for figure, value in evaluator(layout).items()
+            }
+
+        yield evaluate
+
+
+def _new_run(trainer: Trainer) -> tuple[Run, RunPlugins]:
+    """The run and its selected plugins, after the checks that need neither model nor data."""
+    import torch
+
+    from collie_core.run import Run
+
+    config = trainer.config
+    check_config(config, processes())
+    plugins = RunPlugins(Registry())
+    select_plugins(config, plugins)
+    for index, callback in enumerate(trainer.callbacks):
+        plugins.register_object(callback, f"callback:{index}")
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+    if config.train.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    run = Run(config, Path(config.output_dir), device, loss_fn=trainer.loss_fn, model=trainer.model)
+    torch.manual_seed(config.seed)
+    return run, plugins
+
+
+def _open_model(trainer: Trainer, run: Run, plugins: RunPlugins) -> ModelProvider:
+    """Find the checkpoint and its provider; read its config and tokenizer."""
+    from collie_core.models.provider import select_provider
+
+    section = run.config.model
+    selected = select_provider(
+        section.path, provider=section.provider, revision=section.revision, plugins=plugins, run=run
+    )
+    run.model_path, run.hf_config, run.provider_name = selected.path, dict(selected.hf_config), selected.name
+    run.model_config = selected.config
+    run.tokenizer = trainer.tokenizer or selected.provider.tokenizer(selected.path)
+    return selected.provider
+
+
+def _dataset(
+    trainer: Trainer, run: Run, provider: ModelProvider, split: Literal["train", "eval"]
+) -> TokenizedDataset | None:
+    """The tokenised records of a split, or None where the config has none."""
+    from collie_core.data.build import build_dataset
+
+    given = trainer.train_dataset if split == "train" else trainer.eval_dataset
+    source: Any = given if given is not None else getattr(run.config.data, split)
+    if source is None:
+        return None
+    return build_dataset(
+        source, run.tokenizer, run.config.data, split=split, provider_template=provider.template
+    )
+
+
+def _evaluators(run: Run, data: TokenizedDataset | None) -> dict[str, Any]:
+    from collie_core.data.reader import EvaluationBatches
+    from collie_core.train.evaluation import make_evaluators
+
+    if data is None:
+        return {}
+    rows = run.config.evaluate.micro_batch_size or run.config.train.micro_batch_size
+    batches = EvaluationBatches(
+        data, micro_batch_size=rows, dp_rank=0, dp_size=1, pad_token_id=run.pad_token_id
+    )
+    return make_evaluators(run.config, batches)
+
+
+def _prepare(
+    run: Run, plugins: RunPlugins, provider: ModelProvider, stack: ExitStack, checkpoint: Checkpoint | None
+) -> tuple[Layout, float]:
+    """The layout with its model and optimizer, and the base learning rate."""
+    optimizer_plugin = plugins.of_kind("optimizer")[0]
+    base_lr = run.config.optimizer.lr
+    if base_lr is None:
+        base_lr = getattr(optimizer_plugin.instance, "default_lr", None)
+    if base_lr is None:
+        message = f"is required: optimizer {run.config.optimizer.name!r} has no default learning rate"
+        raise run.config.problems(ConfigProblems([(("optimizer", "lr"), message)]))
+    run.resolved["optimizer.lr"] = base_lr
+    layout = plugins.call_one(plugins.of_kind("layout")[0], "collie_layout", run=run)
+    stack.callback(layout.close, None)
+    adapters = [plugins.call_one(plugin, "collie_adapter", run=run) for plugin in plugins.of_kind("adapter")]
+    layout.prepare(
+        provider,
+        adapters,
+        lambda model: plugins.call_one(
+            optimizer_plugin, "collie_optimizer", model=model, layout=layout, run=run
+        ),
+    )
+    if checkpoint is not None:
+        layout.load(checkpoint.path)
+    plugins.broadcast("collie_model_loaded", run=run, model=layout.model)
+    return layout, base_lr
+
+
+def _same_data(config: CollieConfig, saved: str, data: TokenizedDataset) -> None:
+    """Refuse to go on with other records: the position in the data would mean nothing."""
+    if saved != data.fingerprint:
+        message = "its records or their tokens have changed since the checkpoint; use another output_dir"
+        raise config.problems(ConfigProblems([(("data", "train"), message)]))
+
+
+def _must_be_a_run(folder: Path) -> None:
+    if not (folder / ".lock").exists() and not (folder / "run.json").exists():
+        raise UserError(f"output_dir {folder}: is not empty and no run's folder; choose another one")
+
+
+def _checkpoint_to_resume(run: Run, checkpoints: Any) -> Checkpoint | None:
+    """The checkpoint that `checkpoint.resume` asks for; the run then stands at its step."""
+    config, mode = run.config, run.config.checkpoint.resume
+    if mode == "never":
+        if run.output_dir.is_dir() and any(run.output_dir.iterdir()):
+            message = (
+                f"never, but output_dir {run.output_dir} is not empty; choose another one, or resume: auto"
+            )
+            raise config.problems(ConfigProblems([(("checkpoint", "resume"), message)]))
+        return None
+    found: Checkpoint | None = checkpoints.latest() if mode == "auto" else checkpoints.open(Path(mode))
+    if found is None:
+        return None
+    state = found.state()
+    differences = resume_differences(state["config"], config)
+    if differences:
+        raise config.problems(ConfigProblems(differences))
+    run.step = state["step"]
+    run.resolved.update(state["resolved"])
+    return found

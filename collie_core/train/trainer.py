@@ -1,0 +1,122 @@
+"""`Trainer`: a config, and optionally a model, data, callbacks or a loss as objects, to a trained model."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from collie_core.errors import CollieError, OutOfMemory, RunFailed
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from collie_core.config.schema import CollieConfig
+    from collie_core.train.session import Session
+
+Records = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: steps done, the last evaluation, where the model is, and what stopped it early."""
+
+    step: int
+    evaluation: dict[str, float]
+    output_dir: Path
+    model: Path | None
+    stopped_by: str | None
+    signal: signal.Signals | None
+
+
+class Trainer:
+    """Trains the model of a config on its data.
+
+    model: a module from `from_pretrained`, used instead of loading `config.model.path`.
+    train_dataset, eval_dataset: records (mappings as in a data file), used instead of `config.data`.
+    callbacks: objects with lifecycle methods marked `hookimpl`.
+    loss_fn: arguments by name (logits, labels, input_ids, hidden_states, model, batch); returns the loss
+        summed over the target tokens, or one loss a token; logits[:, t] predict labels[:, t].
+    """
+
+    def __init__(
+        self,
+        config: CollieConfig,
+        *,
+        model: nn.Module | None = None,
+        tokenizer: Any = None,
+        train_dataset: Records | None = None,
+        eval_dataset: Records | None = None,
+        callbacks: Sequence[object] = (),
+        loss_fn: Callable[..., Tensor] | None = None,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
+        self.callbacks = tuple(callbacks)
+        self.loss_fn = loss_fn
+
+    def train(self) -> TrainResult:
+        """Train, evaluate, save and export.
+
+        Raises a UserError before anything is written where the config, data, checkpoint or a plugin cannot be
+        used; RunFailed or OutOfMemory where the run could not go on.  SIGTERM and SIGINT end it well.
+        """
+        from collie_core.train.loop import train_loop
+        from collie_core.train.setup import finished, open_training
+        from collie_core.train.signals import StopSignals
+
+        with StopSignals() as signals, open_training(self) as session:
+            if finished(session):
+                return self._result(session, signals)
+            try:
+                session.start()
+                train_loop(session, signals)
+                if signals.received is None:
+                    session.finish()
+            except BaseException as error:
+                failure = as_collie_error(error)
+                session.fail(failure)
+                if failure is error:
+                    raise
+                raise failure from error
+            return self._result(session, signals)
+
+    def evaluate(self) -> dict[str, float]:
+        """Every evaluator on the evaluation data; trains and writes nothing."""
+        from collie_core.train.setup import open_evaluation
+
+        with open_evaluation(self) as evaluation:
+            return evaluation()
+
+    def _result(self, session: Session, signals: Any) -> TrainResult:
+        run, model = session.run, session.run.output_dir / "model"
+        return TrainResult(
+            run.step,
+            session.last_evaluation,
+            run.output_dir,
+            model if model.is_dir() else None,
+            run.stop_reason,
+            signals.received,
+        )
+
+
+def as_collie_error(error: BaseException) -> BaseException:
+    """Memory and disk errors as errors for the user; everything else as it is."""
+    import torch
+
+    if isinstance(error, CollieError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        first = str(error).splitlines()[0] if str(error) else "allocation failed"
+        return OutOfMemory(
+            f"out of memory: {first}. Lower train.micro_batch_size or data.max_length, or set "
+            "train.activation_checkpointing: full"
+        )
+    if isinstance(error, OSError):
+        return RunFailed(f"{error.filename or 'a file'}: {error.strerror or error}")
+    return error
