@@ -10,11 +10,13 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 BIN := $(abspath $(VENV))/bin
+PROJECTS := $(dir $(wildcard collie_*/pyproject.toml collie_*/*/pyproject.toml))
 
 .PHONY: setup quickstart test lint wheels bench docs clean
 
 setup:
-	@$(PYTHON) tools/make_venv.py --venv "$(VENV)" $(if $(TORCH),--torch $(TORCH))
+	@$(PYTHON) tools/make_venv.py --venv "$(VENV)" $(if $(TORCH),--torch $(TORCH)) \
+		$(if $(filter-out file,$(origin PYTHON)),--this-python)
 
 quickstart: setup
 	$(BIN)/python examples/quickstart/run.py
@@ -24,15 +26,15 @@ test: setup
 
 lint: setup
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 wheels: setup
 	rm -rf dist
-	$(BIN)/python tools/build_wheels.py dist
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist $(addprefix ./,$(PROJECTS)) .
+	@ls dist
 
 bench: setup
-	$(BIN)/python benchmarks/run.py
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 docs: setup
 	$(BIN)/python tools/known_plugins.py

@@ -131,6 +131,7 @@ class Layout(Protocol):
 
     model: nn.Module
     optimizer: Optimizer | None
+    needs_norm: bool  # the gradient norm must be known before any update (norm clipping, fp16 loss scaling)
 
     def prepare(
         self,

@@ -52,7 +52,7 @@ def _entry(kind: str, name: str, distribution: str, text: str, released: bool) -
 
 
 def summary(value: str) -> str:
-    """The first docstring line of the class that an entry point `module:class` names, without its full stop."""
+    """The first docstring line of the class that `module:class` names, without its full stop."""
     module, _, name = value.partition(":")
     path = ROOT.joinpath(*module.split("."))
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
@@ -60,9 +60,8 @@ def summary(value: str) -> str:
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return (ast.get_docstring(node) or "").partition("\n")[0].removesuffix(".")
-        if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
-            source = next(alias.name for alias in node.names if (alias.asname or alias.name) == name)
-            return summary(f"{node.module}:{source}")
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            return summary(f"{node.module}:{name}")
     raise LookupError(f"{file}: no class {name}")
 
 

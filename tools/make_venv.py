@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,13 +25,15 @@ def main() -> int:
     """Bring the environment up to date; 0 if it is, with a message on stderr otherwise."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
-    parser.add_argument("--torch", choices=["pin", "keep"], help="default: what the environment has, else as found")
+    parser.add_argument("--torch", choices=["pin", "keep"], help="default: as it was made, else as found")
+    parser.add_argument("--this-python", action="store_true", help="make it anew if another one made it")
     args = parser.parse_args()
     venv: Path = args.venv.absolute()
     if sys.version_info < NEEDED_PYTHON:
-        return fail(f"{sys.executable} is Python {sys.version.split()[0]}, and CoLLiE needs 3.11 or newer; give PYTHON=")
-    mode = existing_mode(venv)
-    if args.torch is not None and args.torch != mode or mode is None:
+        version = sys.version.split()[0]
+        return fail(f"{sys.executable} is Python {version}, and CoLLiE needs 3.11 or newer; give PYTHON=")
+    mode = existing_mode(venv, args.this_python)
+    if mode is None or args.torch not in (None, mode):
         try:
             mode = choose_mode(args.torch)
         except ValueError as error:
@@ -54,22 +56,29 @@ def fail(message: str) -> int:
     return 2
 
 
-def existing_mode(venv: Path) -> str | None:
-    """`keep` or `pin` as the environment was made, or None where it is missing or its interpreter is gone."""
-    config = venv / "pyvenv.cfg"
-    if not config.is_file() or subprocess.run([venv / "bin/python", "-c", ""], capture_output=True).returncode:
+def existing_mode(venv: Path, this_python: bool) -> str | None:
+    """`keep` or `pin` as the environment was made; None where it must be made anew."""
+    code = "import sys; print(sys.base_prefix, sys.version)"
+    try:
+        config = (venv / "pyvenv.cfg").read_text()
+        python = subprocess.run([venv / "bin/python", "-c", code], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None  # missing, or its interpreter has gone
+    if this_python and python.stdout.strip() != f"{sys.base_prefix} {sys.version}":
         return None
-    shared = "include-system-site-packages = true" in config.read_text()
-    return "keep" if shared else "pin"
+    return "keep" if "include-system-site-packages = true" in config else "pin"
 
 
 def choose_mode(asked: str | None) -> str:
-    """`keep` where this interpreter has a torch that serves, else `pin`.  Raises ValueError for one too old."""
+    """`keep` where this interpreter has a torch that serves, else `pin`.
+
+    Raises ValueError for a torch that is too old, or asked for and missing.
+    """
     if asked == "pin":
         return "pin"
     needed = ".".join(map(str, NEEDED_TORCH))
-    found = found_torch()
-    if found is None:
+    found, _ = found_torch([sys.executable])
+    if not found:
         if asked == "keep":
             raise ValueError(f"TORCH=keep, but {sys.executable} has no torch; CoLLiE needs torch >= {needed}")
         return "pin"
@@ -83,29 +92,47 @@ def choose_mode(asked: str | None) -> str:
     return "keep"
 
 
-def found_torch() -> str | None:
-    """The version of the torch that this interpreter imports, or None."""
-    code = "import torch; print(torch.__version__)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-    return result.stdout.strip() if result.returncode == 0 else None
+def found_torch(command: list[str | Path]) -> tuple[str, str]:
+    """Version and place of the torch that an interpreter imports, or two empty texts."""
+    code = "import torch; print(torch.__version__); print(torch.__file__)"
+    result = subprocess.run([*command, "-c", code], capture_output=True, text=True, cwd="/")
+    if result.returncode:
+        return "", ""
+    version, file = result.stdout.splitlines()[-2:]
+    return version, str(Path(file).parent.parent)
 
 
 def create(venv: Path, mode: str) -> None:
     """A new environment; in mode keep it sees the packages of this interpreter."""
     if venv.exists() and not (venv / "pyvenv.cfg").is_file():
-        raise SystemExit(f"make setup: {venv} exists and is no virtual environment; move it away, or give VENV=")
+        raise SystemExit(f"make setup: {venv} is no virtual environment; move it away, or give VENV=")
     shutil.rmtree(venv, ignore_errors=True)
-    shared = ["--system-site-packages"] if mode == "keep" else []
-    subprocess.run([sys.executable, "-m", "venv", *shared, venv], check=True)
-    if mode == "keep" and sys.prefix != sys.base_prefix:
-        # this interpreter is itself a virtual environment, which the new one does not see by itself
-        folders = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
-        site = subprocess.run(
-            [venv / "bin/python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            check=True, capture_output=True, text=True,
-        ).stdout.strip()  # fmt: skip
-        lines = [f"import site; site.addsitedir({folder!r})" for folder in folders]
-        Path(site, "collie_outer.pth").write_text("\n".join(lines) + "\n")
+    options = ["--system-site-packages"] if mode == "keep" else []
+    if importlib.util.find_spec("ensurepip"):
+        subprocess.run([sys.executable, "-m", "venv", *options, venv], check=True)
+    else:  # Debian's python3 without python3-venv
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", *options, venv], check=True)
+        pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin/python")]
+        subprocess.run([*pip, "install", "-q", "pip"], check=True)
+    if mode == "keep":
+        show_torch(venv)
+
+
+def show_torch(venv: Path) -> None:
+    """Let the environment see this interpreter's torch, be it in a venv of its own or on PYTHONPATH."""
+    found, place = found_torch([sys.executable])
+    python = venv / "bin/python"
+    (site,) = venv.glob("lib/python*/site-packages")
+    if found_torch([python, "-E"]) != (found, place):
+        (site / "collie_outer.pth").write_text(place + "\n")
+    if found_torch([python, "-E"]) != (found, place):
+        raise SystemExit(f"make setup: {venv} cannot be made to see torch {found} in {place}; use TORCH=pin")
+    code = "import importlib.metadata as metadata; metadata.version('torch')"
+    if subprocess.run([python, "-E", "-c", code], capture_output=True).returncode:
+        # built by hand, without metadata: pip must not think that there is none
+        info = site / f"torch-{found}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {found}\n")
 
 
 def current_fingerprint(venv: Path) -> str:
@@ -125,10 +152,21 @@ def install(venv: Path, mode: str) -> bool:
         constraints = [line for line in constraints if not line.startswith("torch==")]
     chosen = venv / "constraints.txt"
     chosen.write_text("\n".join(constraints) + "\n")
-    pip = [venv / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", chosen]
-    steps = (["hatchling", "editables"], ["--no-build-isolation", "-r", "requirements-dev.txt"])
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    return all(subprocess.run([*pip, *step], cwd=ROOT, env=environment).returncode == 0 for step in steps)
+    pip = [
+        str(venv / "bin/python"),
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--disable-pip-version-check",
+        "-c",
+        str(chosen),
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for step in (["hatchling", "editables"], ["--no-build-isolation", "-r", "requirements-dev.txt"]):
+        if subprocess.run([*pip, *step], cwd=ROOT, env=environment).returncode:
+            return False
+    return True
 
 
 if __name__ == "__main__":

@@ -15,14 +15,12 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    text = "print records as the model sees them, what is trained in them, and counts"
-    show = actions.add_parser("show", help=text, description=text)
-    show.add_argument("config", help="YAML file")
-    show.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
-    show.add_argument("-n", type=int, default=3, metavar="N", help="number of records (default 3)")
-    show.add_argument("--split", choices=["train", "eval"], default="train")
-    show.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("action", choices=["show"], help="print records as the model sees them, and counts")
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
+    parser.add_argument("-n", type=int, default=3, metavar="N", help="number of records (default 3)")
+    parser.add_argument("--split", choices=["train", "eval"], default="train")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:

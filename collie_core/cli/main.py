@@ -51,7 +51,8 @@ def _run(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"error: unknown command {name!r}{nearest(name, COMMANDS)}\n\n{_usage()}", file=sys.stderr)
+        known = ", ".join(COMMANDS)
+        print(f"error: unknown command {name!r}{nearest(name, COMMANDS)} (known: {known})", file=sys.stderr)
         return 2
     command = importlib.import_module(f"collie_core.cli.{name}")
     parser = argparse.ArgumentParser(prog=f"collie {name}", description=COMMANDS[name])
@@ -76,9 +77,8 @@ def _unexpected(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", []))
-    return (
-        f"{type(error).__name__}: {error}{notes}\n  raised{place}; COLLIE_TRACEBACK=1 shows the whole traceback"
-    )
+    told = f"{type(error).__name__}: {error}{notes}"
+    return f"{told}\n  raised{place}; COLLIE_TRACEBACK=1 shows the whole traceback"
 
 
 def _report(message: str, error: BaseException, status: int) -> int:

@@ -75,6 +75,8 @@ def _existing(loc: tuple[int | str, ...], data: Any, allow_last: bool) -> Key:
         if inside:
             path.append(part)
             data = data[part]
+        elif isinstance(data, str) and part == "name":  # `schedule: cosine` stands for `{name: cosine}`
+            path.append(part)
         elif allow_last and position == len(loc) - 1:
             path.append(part)
     return tuple(path)
@@ -82,7 +84,7 @@ def _existing(loc: tuple[int | str, ...], data: Any, allow_last: bool) -> Key:
 
 def _value(data: Any, path: Key) -> Any:
     for part in path:
-        data = data[part]
+        data = data if isinstance(data, str) and part == "name" else data[part]
     return data
 
 

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collie_core.config.checks import accumulation_steps
-from collie_core.config.schema import CollieConfig, DataSection, SourceSection
+from collie_core.config.schema import CollieConfig, DataSection
 from collie_core.data.dataset import Counts, TokenizedDataset, count_targets
 from collie_core.data.reader import DataReader
 from collie_core.data.records import IGNORED, Rendered, Tokens, render
-from collie_core.data.sources import BadRecord, Source, Sources, open_sources, origin
+from collie_core.data.sources import BadRecord, Source, Sources, open_sources, origin, sections_of
 from collie_core.data.templates import find_template
 from collie_core.data.tokenize import Tokenize
 from collie_core.errors import DataError
@@ -47,6 +47,7 @@ def build_dataset(
     """
     if sources is None:
         raise DataError(f"data.{split} is not set: give a file, a folder or a Hugging Face data set")
+    weights = _weights(sources, split)
     opened = open_sources(sources, split)
     reading = _Reading(tokenizer, section, split, provider_template)
     with _progress_bar(sum(len(source) for group in opened for source in group), split, progress) as advance:
@@ -61,7 +62,7 @@ def build_dataset(
                 names = ", ".join(source.name for source in members)
                 raise DataError(f"data.{split}: no record of {names} can be used: {reading.losses()}")
     reading.report()
-    return reading.dataset(_weights(sources, split))
+    return reading.dataset(weights)
 
 
 def build_reader(
@@ -81,8 +82,8 @@ def build_reader(
     )
 
 
-def _weights(sources: Any, split: str) -> tuple[float, ...] | None:
-    given = [section.weight for section in sources if isinstance(section, SourceSection)]
+def _weights(sources: Sources, split: str) -> tuple[float, ...] | None:
+    given = [section.weight for section in sections_of(sources)]
     weights = tuple(weight for weight in given if weight is not None)
     if weights and len(weights) < len(given):
         raise DataError(f"data.{split}: give every source a weight, or none")

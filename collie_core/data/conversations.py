@@ -52,8 +52,10 @@ def _check(messages: Any) -> None:
             or not ("content" in message or "tool_calls" in message)
         ):
             raise BadRecord('a message lacks "role" or "content"', f": {str(message)[:80]}")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadRecord('no message has the role "assistant", so nothing would be trained')
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        has = ", ".join(sorted(set(roles)))
+        raise BadRecord('no message has the role "assistant", so nothing would be trained', f": it has {has}")
 
 
 def _render(messages: Any, tokenizer: Any, template: Template, prompt: bool = False) -> str:
@@ -98,9 +100,10 @@ def _start(text: str, before: Any, tokenizer: Any, template: Template) -> int | 
     """Where the answer to `before` starts, if the text begins with the template's text for `before`."""
     if before:
         prompt = _render(before, tokenizer, template, prompt=True)
-        if prompt != _render(before, tokenizer, template):
-            return len(prompt) if text.startswith(prompt) else None
-    # No generation prompt: a header such as "assistant:" stands before the answer, not for the model to say.
+        if text.startswith(prompt) and prompt != _render(before, tokenizer, template):
+            return len(prompt)
+    # No generation prompt, or one that opens a reasoning which this answer lacks: what the template puts
+    # before the answer, such as "assistant:", is not for the model to say.
     header = _around_answer(before, tokenizer, template)[0]
     return len(header) if text.startswith(header) else None
 

@@ -31,7 +31,7 @@ def epoch_order(dataset: TokenizedDataset, seed: int, epoch: int) -> NDArray[np.
     drawn = []
     for group, share in enumerate(shares):
         records = np.flatnonzero(dataset.groups == group)
-        drawn.append(records[_walk(len(records), epoch * share, share, seed, group)])
+        drawn.append(records[walk(len(records), epoch * share, share, seed, group)])
     return np.concatenate(drawn)[permutation(size, seed, MIX, epoch)]
 
 
@@ -50,7 +50,7 @@ def exact_shares(weights: Sequence[float], total: int) -> list[int]:
     return [int(share) for share in shares]
 
 
-def _walk(size: int, begin: int, count: int, seed: int, group: int) -> NDArray[np.int64]:
+def walk(size: int, begin: int, count: int, seed: int, group: int) -> NDArray[np.int64]:
     """`count` places from the endless row of shuffled laps over 0..size-1, from place `begin` on."""
     laps = range(begin // size, -(-(begin + count) // size))
     places = [permutation(size, seed, WITHIN_SOURCE, group, lap) for lap in laps]

@@ -10,6 +10,7 @@ import re
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,29 +56,32 @@ def origin(name: str, number: int) -> str:
 
 
 class JsonLines:
-    """One JSON object a line; blank lines are passed over.  Only the lines' offsets are held in memory."""
+    """One JSON object a line; blank lines are passed over.  The file is mapped, not read into memory."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self._file = path.open("rb")
-        self._offsets, self._lines = array("q"), array("q")
-        position = 0
-        for line_number, line in enumerate(self._file, 1):
-            if not line.isspace():
-                self._offsets.append(position)
-                self._lines.append(line_number)
-            position += len(line)
+        with path.open("rb") as file:
+            empty = path.stat().st_size == 0
+            self._bytes = b"" if empty else mmap(file.fileno(), 0, access=ACCESS_READ)
+            self._starts, self._ends, self._lines = array("q"), array("q"), array("q")
+            position = 0
+            for line_number, line in enumerate(file, 1):
+                if not line.isspace():
+                    self._starts.append(position)
+                    self._ends.append(position + len(line))
+                    self._lines.append(line_number)
+                position += len(line)
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._starts)
 
     def number(self, index: int) -> int:
         return self._lines[index]
 
     def record(self, index: int) -> Mapping[str, Any]:
-        self._file.seek(self._offsets[index])
+        line = self._bytes[self._starts[index] : self._ends[index]].rstrip()
         try:
-            return _fields(json.loads(self._file.readline().decode("utf-8-sig")))
+            return _fields(json.loads(line.decode("utf-8-sig")))
         except UnicodeDecodeError as error:
             raise BadRecord("is not UTF-8 text", f": {error.reason} at its byte {error.start}") from None
         except json.JSONDecodeError as error:
@@ -121,9 +125,10 @@ class Parquet:
         except ImportError:
             raise DataError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
         self.name = str(path)
+        self._arrow_error = pyarrow.ArrowException
         try:
             self._file = pyarrow.parquet.ParquetFile(path)
-        except pyarrow.ArrowInvalid as error:
+        except self._arrow_error as error:
             raise DataError(f"{path}: not a readable Parquet file: {error}") from None
         metadata = self._file.metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
@@ -142,7 +147,10 @@ class Parquet:
         if index not in self._window:
             group = bisect_right(self._firsts, index) - 1
             if group != self._group:
-                self._table, self._group = self._file.read_row_group(group), group
+                try:
+                    self._table, self._group = self._file.read_row_group(group), group
+                except (self._arrow_error, OSError) as error:
+                    raise DataError(f"{self.name}: row group {group} is damaged: {error}") from None
             first = int(self._firsts[group])
             begin = index - (index - first) % self.WINDOW
             self._records = self._table.slice(begin - first, self.WINDOW).to_pylist()
@@ -224,16 +232,18 @@ def open_sources(given: Sources, split: str) -> list[list[Source]]:
 
     Raises DataError for what is missing, unreadable or empty.
     """
-    opened: list[list[Source]]
-    sections = [item for item in given if isinstance(item, SourceSection)] if isinstance(given, list) else []
-    if sections:
-        opened = [_open(section.path, f"data.{split}") for section in sections]
-    else:
+    opened: list[list[Source]] = [_open(section.path, f"data.{split}") for section in sections_of(given)]
+    if not opened:
         opened = [[Items(f"{split}_dataset", given)]]
     for source in (source for sources in opened for source in sources):
         if len(source) == 0:
             raise DataError(f"{source.name}: holds no records")
     return opened
+
+
+def sections_of(given: Sources) -> list[SourceSection]:
+    """The sections of a config, or none for an object that holds records."""
+    return [item for item in given if isinstance(item, SourceSection)] if isinstance(given, list) else []
 
 
 def _open(text: str, key: str) -> list[Source]:
@@ -245,17 +255,24 @@ def _open(text: str, key: str) -> list[Source]:
         files = [file for file in files if not file.name.startswith(".")]
         if not files:
             raise DataError(f"{key}: {text}: the folder holds no {_listed(READERS)} file")
-        return [READERS[file.suffix.lower()](file) for file in files]
+        return [_read(file, key) for file in files]
     if path.is_file():
         if path.suffix.lower() not in READERS:
             raise DataError(f"{key}: {text}: expected a {_listed(READERS)} file")
-        return [READERS[path.suffix.lower()](path)]
+        return [_read(path, key)]
     is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", text) and path.suffix.lower() not in READERS
     if is_hub_name and ("/" not in text or not path.parent.is_dir()):
         return [_hub_dataset(text, key)]
     siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
     missing = "" if path.parent.is_dir() else f" (nor is there a folder {path.parent})"
     raise DataError(f"{key}: {text}: no such file or folder{missing}{nearest(path.name, siblings)}")
+
+
+def _read(path: Path, key: str) -> Source:
+    try:
+        return READERS[path.suffix.lower()](path)
+    except OSError as error:
+        raise DataError(f"{key}: {path}: cannot be read: {error.strerror or error}") from None
 
 
 def _hub_dataset(text: str, key: str) -> Items:

@@ -76,7 +76,8 @@ class Tokenize:
         tokens = np.asarray(ids, dtype=np.int32)
         spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
         # special tokens without characters were added by the tokenizer
-        added = (spans[:, 0] == spans[:, 1]) & np.isin(tokens, self._special)
+        added = spans[:, 0] == spans[:, 1]
+        added[added] = np.isin(tokens[added], self._special)
         tokens, spans, added = _without_repeated_prefix(tokens, spans, added)
         trained = trained_tokens(spans, one.answers) & ~added
         if not trained.any():

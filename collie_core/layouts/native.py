@@ -83,6 +83,8 @@ class NativeLayout:
         from collie_core.ops import select_ops
 
         run, config = self.run, self.run.config
+        if config.train.deterministic:
+            torch.use_deterministic_algorithms(True)
         ops = select_ops(
             attention=config.ops.attention,
             cross_entropy=config.ops.cross_entropy,
@@ -95,17 +97,21 @@ class NativeLayout:
         run.resolved["ops"] = ops.describe()
         if make_optimizer is None:
             return
-        self.loss_scale = LossScale(getattr(torch, config.model.dtype))
+        self.loss_scale = LossScale(next(iter(self.parameters.values())).dtype)
         self.needs_norm = config.optimizer.clip_grad_norm is not None or self.loss_scale.enabled
         self.forward.resolve(training=True)
         self.gradients = GradientFlow(self.parameters)
         self.optimizer = make_optimizer(self.model)
 
     def close(self, error: BaseException | None) -> None:
-        """Remove the hooks and free the model."""
+        """Remove the hooks, and give torch its freedom back."""
+        import torch
+
         if self.optimizer is not None:
             self.gradients.close()
             self.optimizer = None
+        if self.run.config.train.deterministic:
+            torch.use_deterministic_algorithms(False)
 
     # ------------------------------------------------------------ a step
     def train_step(self, step_batch: StepBatch, lr: float) -> dict[str, float]:

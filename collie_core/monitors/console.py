@@ -191,9 +191,8 @@ def _live_bar(run: Run) -> Progress:
     from rich import console, progress
 
     bar = progress.Progress(
-        progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f}", markup=False),
         progress.BarColumn(bar_width=24),
-        progress.TextColumn("{task.fields[figures]}", markup=False),
+        progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.fields[figures]}", markup=False),
         console=console.Console(stderr=True),
         auto_refresh=False,
         redirect_stdout=False,

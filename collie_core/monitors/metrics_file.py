@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: the core's own record of a run, one JSON object a line, written whatever the monitors are."""
+"""`metrics.jsonl`: the core's own record of a run, one JSON object a line, whatever the monitors."""
 
 from __future__ import annotations
 

@@ -111,6 +111,7 @@ def _arguments(target: object, name: str) -> list[str]:
 def _required_hook_problem(kind: str, plugin: type) -> str:
     required = REQUIRED_HOOK.get(kind)
     marks = hook_marks(plugin)
-    if required is None or any(not m["wrapper"] and (m["specname"] or n) == required for n, m in marks.items()):
+    answering = {mark["specname"] or name for name, mark in marks.items() if not mark["wrapper"]}
+    if required is None or required in answering:
         return ""
     return f"class {plugin.__name__} does not implement {required}, which every {kind} must"

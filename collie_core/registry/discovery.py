@@ -150,7 +150,7 @@ def _mark_off(found: list[PluginInfo], environment: Mapping[str, str]) -> list[P
 def _mark_duplicates(found: list[PluginInfo]) -> list[PluginInfo]:
     claims = Counter((info.kind, info.name) for info in found if info.status != "off")
     return [
-        replace(info, status="duplicate", problem=f"claimed twice; choose it as {info.distribution}:{info.name}")
+        replace(info, status="duplicate", problem=f"claimed twice: write {info.distribution}:{info.name}")
         if info.status == "found" and claims[info.kind, info.name] > 1
         else info
         for info in found
@@ -169,9 +169,8 @@ def namespace_blockers() -> list[str]:
             owner = _owner(Path(spec.origin))
             cure = f"pip uninstall {owner.split()[0]}" if owner else "remove that file"
             of = f" of distribution {owner}" if owner else ""
-            blockers.append(
-                f"{spec.origin}{of} closes the shared namespace {namespace} and hides other plugins; cure: {cure}"
-            )
+            closes = f"{spec.origin}{of} closes the shared namespace {namespace} and hides other plugins"
+            blockers.append(f"{closes}; cure: {cure}")
     return blockers
 
 

@@ -57,7 +57,8 @@ def _section_model(cls: type) -> type[BaseModel]:
     from pydantic import ConfigDict, create_model
 
     settings = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-    return create_model("Section", __config__=settings, options=(options_of(cls), ...))
+    options: Any = options_of(cls)
+    return create_model("Section", __config__=settings, options=(options, ...))
 
 
 def _plain(value: Any, path: tuple[str | int, ...]) -> Any:

@@ -39,7 +39,7 @@ class LoadedPlugin:
 
 
 class Registry:
-    """The installed plugins.  Making one reads metadata; only `load` imports, and only what it is asked for."""
+    """The installed plugins.  Making one reads metadata; only `load` imports, and only what is asked for."""
 
     def __init__(self) -> None:
         self._plugins = discover()
@@ -83,7 +83,7 @@ class Registry:
         cls = _import(info)
         seconds = time.perf_counter() - start
         problem = contract_problem(kind, cls)
-        if problem:
+        if problem or not isinstance(cls, type):
             cure = f"upgrade or remove {info.distribution}, or tell its author"
             raise PluginError(_cannot_be_used(info, problem, cure))
         return LoadedPlugin(info, cls, seconds)
@@ -127,7 +127,8 @@ class Registry:
 
     def _unknown(self, kind: str, name: str) -> str:
         distribution, _, short = name.rpartition(":")
-        installed = sorted({info.name for info in self._plugins if info.kind == kind and info.status != "off"})
+        usable = [info for info in self._plugins if info.kind == kind and info.status != "off"]
+        installed = sorted({info.name for info in usable})
         listed = f"installed {kind}s: {', '.join(installed) or 'none'}"
         if distribution:
             owners = sorted({i.distribution for i in self._plugins if i.kind == kind and i.name == short})
@@ -156,7 +157,8 @@ def make_instance(loaded: LoadedPlugin, options: Mapping[str, Any]) -> Any:
         raise
     except Exception as error:
         cause = f"making it failed: {describe_error(error)}"
-        raise PluginError(_cannot_be_used(loaded.info, cause, f"tell the author of {loaded.info.distribution}")) from error
+        cure = f"tell the author of {loaded.info.distribution}"
+        raise PluginError(_cannot_be_used(loaded.info, cause, cure)) from error
 
 
 def describe_error(error: BaseException) -> str:
@@ -174,7 +176,8 @@ def _import(info: PluginInfo) -> object:
     except BaseException as error:  # a module that calls sys.exit at import must not end the command either
         blockers = namespace_blockers() if isinstance(error, ImportError) else []
         cause = f"importing {info.value} failed: {describe_error(error)}"
-        cure = f"install what it needs (pip install --upgrade {info.distribution}), or remove it (pip uninstall {info.distribution})"
+        name = info.distribution
+        cure = f"install what it needs (pip install --upgrade {name}), or remove it (pip uninstall {name})"
         raise PluginError(_cannot_be_used(info, "\n  ".join([cause, *blockers]), cure)) from error
 
 
@@ -185,7 +188,8 @@ def _cannot_be_used(info: PluginInfo, cause: str, cure: str) -> str:
 def _claimed_twice(kind: str, name: str, claimants: list[PluginInfo]) -> str:
     lines = "".join(f"\n  - {info.origin}" for info in claimants)
     names = " or ".join(f"{info.distribution}:{info.name}" for info in claimants)
-    return f"{kind} {name!r} is claimed by {len(claimants)} distributions:{lines}\n  write {names}, or uninstall one"
+    head = f"{kind} {name!r} is claimed by {len(claimants)} distributions"
+    return f"{head}:{lines}\n  write {names}, or uninstall one"
 
 
 def _where_to_get(plugin: KnownPlugin) -> str:

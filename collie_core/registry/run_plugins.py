@@ -13,7 +13,7 @@ import pluggy
 
 from collie_core import hookspecs
 from collie_core.errors import CollieError, PluginError
-from collie_core.registry.contract import hook_problem, hook_marks
+from collie_core.registry.contract import hook_marks, hook_problem
 from collie_core.registry.discovery import PluginInfo
 from collie_core.registry.registry import Registry, describe_error, make_instance
 
@@ -95,14 +95,12 @@ class RunPlugins:
         return [plugin for plugin in self._selected if plugin.kind == kind]
 
     def call_one(self, plugin: SelectedPlugin, hook: str, **arguments: Any) -> Any:
-        """Ask one plugin's factory hook; `plugin` plugins and callbacks may wrap it (`hookimpl(wrapper=True)`).
+        """Ask one plugin's factory hook; plugins of kind `plugin` and callbacks may wrap it.
 
         Raises PluginError where it returns nothing; what it raises itself is noted with its origin.
         """
-        others = [other.hooks for other in self._selected if other is not plugin and not _wraps(other, hook, self._manager)]
-        caller = self._manager.subset_hook_caller(hook, others)
         with _origin_noted(plugin):
-            made = caller(**arguments)
+            made = self._caller(plugin, hook)(**arguments)
         if made is None:
             raise PluginError(f"{plugin.label}: its {hook} returned nothing")
         return made
@@ -114,12 +112,15 @@ class RunPlugins:
         """
         problems = []
         for plugin, implementation in self._implementations("collie_check"):
+            if implementation.wrapper:
+                continue
             with _origin_noted(plugin):
-                found = _call(implementation, {"run": run})
-            if not isinstance(found, str | list | tuple | None):
-                raise PluginError(f"{plugin.label}: collie_check returned {found!r}, expected a list of texts")
-            name = plugin.info.name if plugin.info else plugin.label
-            problems += [f"{plugin.kind} {name}: {text}" for text in ([found] if isinstance(found, str) else found or [])]
+                answers = self._caller(plugin, "collie_check")(run=run)
+            for answer in answers:
+                texts = [answer] if isinstance(answer, str) else answer
+                if not isinstance(texts, list | tuple):
+                    raise PluginError(f"{plugin.label}: collie_check returned {answer!r}, no list of texts")
+                problems += [f"{plugin.label}: {text}" for text in texts]
         return problems
 
     def broadcast(self, hook: str, **arguments: Any) -> None:
@@ -156,9 +157,21 @@ class RunPlugins:
         """Wrappers, then tryfirst, then the order of the config, then trylast."""
         by_key = {plugin.key: plugin for plugin in self._selected}
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
-        for implementation in sorted(caller.get_hookimpls(), key=lambda i: (not i.wrapper, i.trylast - i.tryfirst)):
+        in_order = sorted(caller.get_hookimpls(), key=lambda i: (not i.wrapper, i.trylast - i.tryfirst))
+        for implementation in in_order:
             if implementation.plugin_name not in self._dropped:
                 yield by_key[implementation.plugin_name], implementation
+
+    def _caller(self, plugin: SelectedPlugin, hook: str) -> pluggy.HookCaller:
+        """Asks `plugin` alone, wrapped by the plugins of kind `plugin` and callbacks that wrap this hook."""
+        caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
+        wrapping = {i.plugin_name for i in caller.get_hookimpls() if i.wrapper}
+        others = [
+            other.hooks
+            for other in self._selected
+            if other is not plugin and not (other.key in wrapping and other.kind in ("plugin", "callback"))
+        ]
+        return self._manager.subset_hook_caller(hook, others)
 
     @contextmanager
     def _isolated(self, plugin: SelectedPlugin, hook: str) -> Iterator[None]:
@@ -187,14 +200,6 @@ def _finish(generator: Generator[None, Any, Any]) -> None:
     except StopIteration:
         return
     raise RuntimeError("a wrapper must yield once")
-
-
-def _wraps(plugin: SelectedPlugin, hook: str, manager: pluggy.PluginManager) -> bool:
-    """True for a plugin that may wrap others' factories, and wraps this one."""
-    if plugin.kind not in ("plugin", "callback"):
-        return False
-    caller: pluggy.HookCaller = getattr(manager.hook, hook)
-    return any(i.plugin is plugin.hooks and i.wrapper for i in caller.get_hookimpls())
 
 
 @contextmanager

@@ -1,7 +1,9 @@
-"""Event files in `output_dir/tensorboard`, by TensorBoard's own writer (torch's imports seven times as long)."""
+"""Event files in `output_dir/tensorboard`, by TensorBoard's own record writer, which needs no torch."""
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ from collie_core.hookspecs import hookimpl
 if TYPE_CHECKING:
     from collie_core.run import Run
 
+PREFIX = "events.out.tfevents."
+
 
 class TensorBoard:
     """Figures as scalars, texts as texts, the resolved config as the text `config`."""
@@ -21,13 +25,10 @@ class TensorBoard:
 
     @dataclass(frozen=True)
     class Options:
-        """flush_seconds: figures reach the file after at most so many seconds."""
-
-        flush_seconds: float = 10.0
+        """None."""
 
     def __init__(self, options: Options) -> None:
-        self._options = options
-        self._monitor: TensorBoardMonitor | None = None
+        pass
 
     @hookimpl
     def collie_check(self) -> list[str]:
@@ -35,37 +36,32 @@ class TensorBoard:
         try:
             metadata.version("tensorboard")
         except metadata.PackageNotFoundError:
-            return ["monitor tensorboard: the package tensorboard is not installed; pip install tensorboard"]
+            return ["the package tensorboard is not installed; pip install tensorboard"]
         return []
 
     @hookimpl
     def collie_monitor(self, run: Run) -> TensorBoardMonitor:
         """The monitor; in a resumed run the curves go on."""
-        self._monitor = TensorBoardMonitor(run, self._options.flush_seconds)
-        return self._monitor
-
-    @hookimpl
-    def collie_checkpoint_saving(self) -> None:
-        """Whatever happens later, a run resumed from this checkpoint finds its figures up to here."""
-        if self._monitor:
-            self._monitor.flush()
+        return TensorBoardMonitor(run)
 
 
 class TensorBoardMonitor:
-    """Writes one event file."""
+    """Writes one event file; what is logged is in it at once, so that a kill loses nothing."""
 
-    def __init__(self, run: Run, flush_seconds: float) -> None:
+    def __init__(self, run: Run) -> None:
         import yaml
         from tensorboard.compat.proto.event_pb2 import SessionLog
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._writer = EventFileWriter(str(run.output_dir / "tensorboard"), flush_secs=flush_seconds)
-        # a start at a step makes every reader drop what earlier files hold of that step and later ones
-        first = run.step + 1 if run.step else 0
-        self._add(first, session_log=SessionLog(status=SessionLog.START))
+        folder = run.output_dir / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = [int(path.name.split(".")[3]) for path in folder.glob(f"{PREFIX}*")]
+        stamp = max([int(time.time()), *(second + 1 for second in earlier)])  # readers go by the name
+        self._path = folder / f"{PREFIX}{stamp:010}.{socket.gethostname()}.{os.getpid()}"
+        self._add(0, file_version="brain.Event:2")
+        if earlier:  # a start at a step makes readers drop what earlier files hold from that step on
+            self._add(run.step + 1 if run.step else 0, session_log=SessionLog(status=SessionLog.START))
         config = yaml.safe_dump(run.config.to_mapping(), sort_keys=False, allow_unicode=True)
         self.text(run.step, "config", "".join(f"    {line}\n" for line in config.splitlines()))
-        self.flush()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """A scalar under each key; `step` is the axis."""
@@ -81,15 +77,13 @@ class TensorBoardMonitor:
 
         self._add(step, summary=text_pb(key, value))
 
-    def flush(self) -> None:
-        """Wait until all is in the file."""
-        self._writer.flush()
-
     def close(self, error: BaseException | None) -> None:
-        """Finish the file."""
-        self._writer.close()
+        """Nothing: all is in the file."""
 
     def _add(self, step: int, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._writer.add_event(Event(wall_time=time.time(), step=step, **content))
+        event = Event(wall_time=time.time(), step=step, **content)
+        with open(self._path, "ab") as file:
+            RecordWriter(file).write(event.SerializeToString())

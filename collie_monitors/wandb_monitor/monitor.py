@@ -33,7 +33,8 @@ class WandB:
         """As in `wandb.init`; null leaves the choice to W&B (WANDB_PROJECT and the like).
 
         name: null means the name of output_dir.
-        mode: null means WANDB_MODE, or else online, or offline where there is no API key or no server answers.
+        mode: null means WANDB_MODE, or else online, or offline where no API key is or no server answers.
+        init_timeout: how many seconds the server has to answer when the run starts.
         """
 
         project: str | None = None
@@ -43,19 +44,20 @@ class WandB:
         tags: tuple[str, ...] = ()
         notes: str | None = None
         mode: Mode | None = None
+        init_timeout: float = 30.0
 
     def __init__(self, options: Options) -> None:
         self._options = options
 
     @hookimpl
     def collie_check(self) -> list[str]:
-        """The package must be there (that it can be imported proves nothing: any folder `wandb` can), and a key."""
+        """The package must be there (an import proves nothing: any folder `wandb` can be one), and a key."""
         try:
             metadata.version("wandb")
         except metadata.PackageNotFoundError:
-            return ["monitor wandb: the package wandb is not installed; pip install wandb"]
+            return ["the package wandb is not installed; pip install wandb"]
         if self._options.mode == "online" and not _has_key():
-            return ["monitor wandb: mode is online, but there is no API key; use wandb login, or WANDB_API_KEY"]
+            return ["mode is online, but no API key is configured; run wandb login, or set WANDB_API_KEY"]
         return []
 
     @hookimpl
@@ -118,7 +120,7 @@ def _start(run: Run, options: WandB.Options, run_id: str) -> wandb.Run:
     """The W&B run `run_id`, begun or continued, never asking the user; a line on stderr says where it is."""
     import wandb
 
-    def begin(mode: Mode, why: str = "") -> wandb.Run:
+    def begin(mode: Mode | None, why: str = "") -> wandb.Run:
         wandb_run = wandb.init(
             id=run_id,
             resume="allow",
@@ -132,23 +134,26 @@ def _start(run: Run, options: WandB.Options, run_id: str) -> wandb.Run:
             config=run.config.to_mapping(),
             allow_val_change=True,
             mode=mode,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=options.init_timeout),
         )
-        where = f"offline{why}; upload it with: wandb sync {Path(wandb_run.dir).parent}"
-        print(f"wandb: {where if mode == 'offline' else wandb_run.url or mode}", file=sys.stderr)
+        if wandb_run.offline:
+            where = f"offline{why}; upload it with: wandb sync {run.output_dir}/wandb/offline-run-*-{run_id}"
+        else:
+            where = wandb_run.url or "disabled"
+        print(f"wandb: {where}", file=sys.stderr)
         return wandb_run
 
-    configured: Mode = wandb.setup(wandb.Settings(silent=True)).settings.mode
-    mode = options.mode or configured
-    if options.mode is None and mode == "online" and not _has_key():
+    configured = wandb.setup(wandb.Settings(silent=True)).settings.mode
+    if options.mode is None and configured == "online" and not _has_key():
         return begin("offline", ", since no API key is configured")
     try:
-        return begin(mode)
+        return begin(options.mode)
     except wandb.errors.CommError as error:
         if options.mode is not None:
             raise
         wandb.teardown()  # the failed attempt still holds the run's id
-        return begin("offline", f", since the server does not answer ({error})")
+        cause = str(error).splitlines()[0]
+        return begin("offline", f", since the server does not answer ({cause})")
 
 
 def _has_key() -> bool:

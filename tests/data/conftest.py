@@ -93,7 +93,8 @@ def marked(bpe: Any) -> Callable[..., str]:
         for token, label in zip(dataset.tokens[here], dataset.labels[here], strict=True):
             assert label in (-100, token)
         return "|".join(
-            f"[{name}]" if label != -100 else name for name, label in zip(names, dataset.labels[here], strict=True)
+            f"[{name}]" if label != -100 else name
+            for name, label in zip(names, dataset.labels[here], strict=True)
         )
 
     return show

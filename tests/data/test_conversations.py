@@ -15,15 +15,21 @@ WITHOUT_PROMPT = CHATML.replace(GENERATION, "")
 # the model's reasoning is told for the last answer only, as Qwen 3 and its like do
 REASONING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}fine {% endif %}{{ m.content }}<|im_end|>\n{% endfor %}" + GENERATION
+    "{% if m.role == 'assistant' and loop.last %}fine {% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    + GENERATION
 )
+# asked for an answer, it opens a reasoning that the answers of the records lack
+OPENED = CHATML.replace("assistant\n{% endif %}", "assistant\nfine {% endif %}")
 # the text of fewer messages is never the beginning of the text of more
 COUNTING = (
     "{% for m in messages %}{{ messages | length }}"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
     "{% else %}{{ m.content }}{% endif %}\n{% endfor %}" + GENERATION
 )
-NO_MARKS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+NO_MARKS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 SYSTEM = {"role": "system", "content": "fine thanks"}
 ROUNDS = [
@@ -42,17 +48,36 @@ CHATML_MASK = f"{HEAD}[hello]|[Ġworld]{MIDDLE}[assistant]|[<|im_end|>]|[</s>]"
     [
         (CHATML, CHATML_MASK),
         (WITHOUT_PROMPT, CHATML_MASK),
+        (OPENED, CHATML_MASK),
         (REASONING, CHATML_MASK.replace("[assistant]|", "[fi]|[ne]|[Ġassistant]|")),
         ("{{ bos_token }}" + CHATML, "<s>|" + CHATML_MASK),
-        (COUNTING, "4|hello|4|[hello]|[Ġworld]|[<|im_end|>]|4|ho|w|Ġare|Ġyou|4|[assistant]|[<|im_end|>]|[</s>]"),
-        (NO_MARKS, "user|:|Ġhello|Ċ|assistant|:|[Ġhello]|[Ġworld]|Ċ|user|:|Ġhow|Ġare|Ġyou|Ċ|assistant|:|[Ġassistant]|[</s>]"),
+        (
+            COUNTING,
+            "4|hello|4|[hello]|[Ġworld]|[<|im_end|>]|4|ho|w|Ġare|Ġyou|4|[assistant]|[<|im_end|>]|[</s>]",
+        ),
+        (
+            NO_MARKS,
+            "user|:|Ġhello|Ċ|assistant|:|[Ġhello]|[Ġworld]|Ċ|user|:|Ġhow|Ġare|Ġyou|Ċ|assistant|:|[Ġassistant]|[</s>]",
+        ),
     ],
-    ids=["chatml", "no generation prompt", "reasoning", "its own bos", "generation marks", "no end of turn"],
+    ids=[
+        "chatml",
+        "no generation prompt",
+        "opened",
+        "reasoning",
+        "its own bos",
+        "generation marks",
+        "no end of turn",
+    ],
 )
-def test_the_tokenizers_own_template(template: str, expected: str, make_bpe: Any, tokenise: Any, marked: Any) -> None:
+def test_the_tokenizers_own_template(
+    template: str, expected: str, make_bpe: Any, tokenise: Any, marked: Any
+) -> None:
     """It is the whole text: the tokenizer adds nothing to it, as in transformers."""
     tokenizer = make_bpe(chat_template=template)
-    dataset = tokenise([{"messages": ROUNDS}, {"messages": [*ROUNDS, {"role": "user", "content": "Paris"}]}], tokenizer)
+    dataset = tokenise(
+        [{"messages": ROUNDS}, {"messages": [*ROUNDS, {"role": "user", "content": "Paris"}]}], tokenizer
+    )
     assert marked(dataset, 0, tokenizer) == expected
     # what follows the last answer is left out
     assert marked(dataset, 1, tokenizer).endswith("[</s>]")
@@ -62,9 +87,13 @@ def test_the_tokenizers_own_template(template: str, expected: str, make_bpe: Any
     assert dataset.tokens[:size].tolist() == whole[:size]
 
 
-def test_a_template_whose_end_of_turn_is_eos_gets_no_second_one(make_bpe: Any, tokenise: Any, marked: Any) -> None:
+def test_a_template_whose_end_of_turn_is_eos_gets_no_second_one(
+    make_bpe: Any, tokenise: Any, marked: Any
+) -> None:
     tokenizer = make_bpe(chat_template=CHATML, eos_token="<|im_end|>")
-    assert marked(tokenise([{"messages": ROUNDS}], tokenizer), 0, tokenizer) == CHATML_MASK.removesuffix("|[</s>]")
+    assert marked(tokenise([{"messages": ROUNDS}], tokenizer), 0, tokenizer) == CHATML_MASK.removesuffix(
+        "|[</s>]"
+    )
 
 
 def test_named_templates_get_the_tokenizers_bos_once(tokenise: Any, marked: Any, tmp_path: Path) -> None:
@@ -86,9 +115,13 @@ def test_vicuna(tokenise: Any, marked: Any) -> None:
 def test_a_chosen_template_also_renders_prompts(tokenise: Any, marked: Any) -> None:
     expected = f"<s>|{HEAD}[hello]|[Ġworld]|[<|im_end|>]|[</s>]"
     assert marked(tokenise([{"input": "hello", "output": "hello world"}], template="chatml")) == expected
-    assert marked(tokenise([{"instruction": "hello", "output": "hello world"}], template="chatml")) == expected
+    assert (
+        marked(tokenise([{"instruction": "hello", "output": "hello world"}], template="chatml")) == expected
+    )
     both = {"instruction": "hello", "input": "hello", "output": "hello world"}
-    assert marked(tokenise([both], template="chatml")) == expected.replace("user|Ċ|hello", "user|Ċ|hello|Ċ|Ċ|hello")
+    assert marked(tokenise([both], template="chatml")) == expected.replace(
+        "user|Ċ|hello", "user|Ċ|hello|Ċ|Ċ|hello"
+    )
     assert marked(tokenise([{"text": "hello"}], template="chatml")) == "<s>|[hello]|[</s>]"
 
 
@@ -125,7 +158,7 @@ def test_an_answer_may_come_first(make_bpe: Any, tokenise: Any, marked: Any) -> 
         ([{"content": "hello"}], 'lacks "role" or "content"'),
         ([{"role": "assistant"}], 'lacks "role" or "content"'),
         (["hello"], 'lacks "role" or "content"'),
-        ([ROUNDS[0]], 'no message has the role "assistant"'),
+        ([ROUNDS[0], SYSTEM], 'no message has the role "assistant", .*: it has system, user'),
     ],
 )
 def test_bad_messages(messages: Any, message: str, tokenise: Any) -> None:
@@ -142,7 +175,9 @@ def test_mistakes_in_templates(make_bpe: Any, tokenise: Any, tmp_path: Path) -> 
         with pytest.raises(DataError, match=message):
             tokenise(record, tokenizer or make_bpe(), **keys)
 
-    refused(r"train_dataset\[0\]: records with messages need a chat template, but the tokenizer has none: set data.temp")
+    refused(
+        r"train_dataset\[0\]: records with messages need a chat template, but the tokenizer has none: set"
+    )
     refused("template alpaca is for an instruction", template="alpaca")
     refused("'chatm' is no file and no template, did you mean 'chatml'", template="chatm")
     refused("known: alpaca, chatml, vicuna, or the path of a .jinja file", template="nonsense/zzz")
@@ -151,7 +186,10 @@ def test_mistakes_in_templates(make_bpe: Any, tokenise: Any, tmp_path: Path) -> 
     refused(r"data.template: .*broken.jinja: line 2: ", template=str(broken))
     broken.write_bytes(b"\xff\xfe")
     refused("broken.jinja: is not UTF-8", template=str(broken))
-    refused("chat template refuses the messages: no system", make_bpe(chat_template="{{ raise_exception('no system') }}"))
+    refused(
+        "chat template refuses the messages: no system",
+        make_bpe(chat_template="{{ raise_exception('no system') }}"),
+    )
     unmarked = COUNTING.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     refused("the tokenizer's chat template cannot be masked", make_bpe(chat_template=unmarked))
 

@@ -99,7 +99,10 @@ def test_alpaca(record: dict[str, Any], context: str, tokenise: Any, bpe: Any) -
         ({"input": "hello", "output": ""}, '"output" is empty'),
         ({"text": 7}, '"text" is no string, it is a int'),
         ({"instruction": ["a"], "output": "b"}, '"instruction" is no string'),
-        ({"prompt": "a", "ouput": "b"}, r"of no known form: it has ouput, prompt \('ouput', did you mean 'output'\?\)"),
+        (
+            {"prompt": "a", "ouput": "b"},
+            r"of no known form: it has ouput, prompt \('ouput', did you mean 'output'\?\)",
+        ),
         ({"text": None}, "it has no keys"),
         ({}, "it has no keys"),
         ("just text", "is no object with fields, it is a str"),
@@ -161,7 +164,9 @@ def test_truncation_drops_records_without_targets(tokenise: Any, caplog: pytest.
     assert (dataset.counts.dropped, dataset.counts.truncated) == (1, 1)
     assert "no target token within data.max_length 5: 1 (train_dataset[0])" in caplog.text
     assert "records cut at max_length 5: 1 (train_dataset[1])" in caplog.text
-    with pytest.raises(DataError, match=r"no record of train_dataset can be used: .*max_length 5: 1 \(train_data"):
+    with pytest.raises(
+        DataError, match=r"no record of train_dataset can be used: .*max_length 5: 1 \(train_data"
+    ):
         tokenise(records[:1], max_length=5)
 
 
@@ -203,9 +208,8 @@ def test_a_tokenizer_without_eos_is_refused(make_bpe: Any, tokenise: Any) -> Non
 
 def test_tokens_of_many_records_keep_their_places(tokenise: Callable[..., Any], marked: Any) -> None:
     """More than one batch, forms mixed."""
-    records: list[dict[str, Any]] = []
-    for number in range(1100):
-        records.append([{"text": "hello"}, {"tokens": [5, 6]}, {"input": "how", "output": " are"}][number % 3])
+    kinds: list[dict[str, Any]] = [{"text": "hello"}, {"tokens": [5, 6]}, {"input": "how", "output": " are"}]
+    records = [kinds[number % 3] for number in range(1100)]
     dataset = tokenise(records)
     assert len(dataset) == 1100
     assert marked(dataset, 1098) == "<s>|[hello]|[</s>]"

@@ -1,0 +1,1 @@
+"""Models: finding a provider, loading and writing weights, the forward pass and generation."""

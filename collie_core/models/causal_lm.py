@@ -1,0 +1,166 @@
+"""The base class of causal language models: what a user calls, over the three parts that the engine runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from collie_core.errors import ConfigError, UserError
+from collie_core.models.forward import run_blocks, summed_loss
+from collie_core.models.generation import generate
+from collie_core.ops import Context
+
+if TYPE_CHECKING:
+    from collie_core.config.schema import CollieConfig
+    from collie_core.hookspecs import ModelProvider
+
+__all__ = ["CausalLM", "CausalLMOutput", "Origin", "run_blocks", "summed_loss"]
+
+
+@dataclass
+class CausalLMOutput:
+    """logits (B, S, V); loss, the mean over targets (0-d, fp32), where labels were given."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+@dataclass
+class Origin:
+    """Where a model comes from, for saving it: its provider, configs and folder (None: random weights)."""
+
+    provider: ModelProvider
+    config: Any
+    hf_config: dict[str, Any]
+    path: Path | None
+
+
+class CausalLM(nn.Module):
+    """A causal language model with children `embed`, `blocks` and `head` (see `ModelProvider.build`)."""
+
+    embed: nn.Module
+    blocks: nn.ModuleDict
+    head: nn.Module
+    origin: Origin | None = None
+
+    generate = generate
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> CausalLMOutput:
+        """Logits of every position, and the loss where labels are given.
+
+        input_ids: int64 (B, S).  attention_mask: (B, S), 1 for a token.  position_ids: (B, S), counted over
+        the whole row if absent.  labels: (B, S), -100 where no loss is wanted; shifted here.
+        """
+        self.require_weights()
+        ctx = Context.build(input_ids, attention_mask, position_ids)
+        logits: Tensor = self.head(run_blocks(self, input_ids, ctx), ctx)
+        if labels is None:
+            return CausalLMOutput(logits)
+        targets = labels[:, 1:].to(logits.device).flatten()
+        return CausalLMOutput(logits, F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets))
+
+    def require_weights(self) -> None:
+        """Raise UserError where the weights are not loaded yet."""
+        if next(self.parameters()).is_meta:
+            where = f" of {self.origin.path}" if self.origin and self.origin.path else ""
+            raise UserError(
+                f"the weights{where} are not loaded: with dp_size, tp_size or pp_size above 1 the Trainer "
+                "loads each process's part; pass the model to it, or load it with sizes of 1"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        use_flash: bool | str = False,
+        config: CollieConfig | None = None,
+        provider: str | None = None,
+        revision: str | None = None,
+    ) -> Self:
+        """The model in a folder or hub repository; see `AutoModelForCausalLM.from_pretrained`.
+
+        Raises ConfigError where the checkpoint is of another family.
+        """
+        from collie_core.models.auto import AutoModelForCausalLM
+
+        return cls._checked(
+            AutoModelForCausalLM.from_pretrained(path, dtype, use_flash, config, provider, revision),
+            str(path),
+        )
+
+    @classmethod
+    def from_config(
+        cls, hf_config: Mapping[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> Self:
+        """A model with random weights; see `AutoModelForCausalLM.from_config`."""
+        from collie_core.models.auto import AutoModelForCausalLM
+
+        return cls._checked(AutoModelForCausalLM.from_config(hf_config, dtype, seed), "the config")
+
+    @classmethod
+    def _checked(cls, model: CausalLM, where: str) -> Self:
+        if not isinstance(model, cls):
+            raise ConfigError(f"{where} describes a {type(model).__name__}, not a {cls.__name__}")
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and weights (safetensors) in the family's original layout.
+
+        Files of an earlier save are replaced; the folder never holds parts of both.
+        """
+        from collie_core.models.export import export_pretrained
+
+        self.require_weights()
+        origin = self._require_origin("save_pretrained")
+        export_pretrained(
+            Path(folder),
+            origin.provider,
+            origin.config,
+            origin.hf_config,
+            [(name, parameter.detach()) for name, parameter in self.named_parameters()],
+            source=origin.path,
+        )
+
+    def resize_token_embeddings(self, size: int) -> None:
+        """Make the vocabulary `size` tokens: rows are cut off, or added as the mean of the old ones.
+
+        The rows are those of the parameters that the parallel plan calls embedding and head.
+        Raises UserError where it names none.
+        """
+        from collie_core.models.resize import resize_vocabulary
+
+        self.require_weights()
+        resize_vocabulary(self, self._require_origin("resize_token_embeddings"), size)
+
+    def _require_origin(self, action: str) -> Origin:
+        if self.origin is None:
+            raise UserError(f"{action} needs a model made by from_pretrained or from_config")
+        return self.origin
+
+
+class AdoptedCausalLM(CausalLM):
+    """A module of another class, given the methods of `CausalLM`.
+
+    It shares the module's registries, so parameters keep their names and later changes are seen by both.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._modules, self._parameters, self._buffers = module._modules, module._parameters, module._buffers
+        self._non_persistent_buffers_set = module._non_persistent_buffers_set
+        reset = getattr(module, "reset_buffers", None)
+        if reset is not None:
+            self.reset_buffers = reset

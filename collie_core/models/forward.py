@@ -1,0 +1,42 @@
+"""The engine's view of a model: embed, blocks, head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, cast
+
+from torch import Tensor, nn
+
+from collie_core.ops import Context, KVCache
+
+if TYPE_CHECKING:
+    from collie_core.ops import Ops
+
+
+class Parts(Protocol):
+    """A module with the three children that every model has."""
+
+    embed: nn.Module
+    blocks: nn.ModuleDict
+    head: nn.Module
+
+
+def parts(model: nn.Module) -> Parts:
+    """`model`, seen as the three parts that it must have.  Raises TypeError where one is missing."""
+    for name in ("embed", "blocks", "head"):
+        if not isinstance(getattr(model, name, None), nn.Module):
+            raise TypeError(f"{type(model).__name__} has no child module {name!r}")
+    return cast(Parts, model)
+
+
+def run_blocks(model: nn.Module, input_ids: Tensor, ctx: Context, cache: KVCache | None = None) -> Tensor:
+    """Embedding and all blocks: input_ids (B, S) -> (B, S, E).  `cache` is filled where it is given."""
+    model_parts = parts(model)
+    h: Tensor = model_parts.embed(input_ids, ctx)
+    for name, block in model_parts.blocks.items():
+        h = block(h, ctx if cache is None else ctx.with_cache(cache.layers[name]))
+    return h
+
+
+def summed_loss(model: nn.Module, h: Tensor, labels: Tensor, ctx: Context, ops: Ops) -> Tensor:
+    """Cross entropy of the last block's output with the next labels, summed over targets: 0-d fp32."""
+    return ops.linear_cross_entropy(parts(model).head, h, labels, ctx)

@@ -1,0 +1,201 @@
+"""Generation with a key-value cache: greedy or sampled, any padding on the left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from collie_core.errors import CheckpointError, UserError
+from collie_core.models.forward import parts, run_blocks
+from collie_core.ops import Context, KVCache
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int = 256,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    stop_strings: Sequence[str] | None = None,
+    tokenizer: Any = None,
+    streamer: Callable[[Tensor], None] | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """Prompts and their continuations, int64 (B, S + at most max_new_tokens); a finished row is filled with pad.
+
+    input_ids: int64 (B, S), padded on the left.  attention_mask: (B, S), 1 for a token.
+    do_sample: draw from the distribution after temperature, top_k (0: off) and top_p, in that order;
+    otherwise the most likely token is taken.  repetition_penalty applies to both (Keskar et al. 2019).
+    eos_token_id: one or several; None takes those of the model's generation_config.json or config, -1 never
+    stops.  pad_token_id: None takes the config's, else the first end-of-sequence token, else 0.
+    stop_strings: a row ends with the token that completes one of them; needs `tokenizer`.
+    streamer: called with the new tokens of each step, int64 (B,) on the CPU.  seed: of the draws alone.
+    Raises UserError for options that make no sense.
+    """
+    _check(attention_mask, max_new_tokens, temperature, top_p, repetition_penalty)
+    if stop_strings and tokenizer is None:
+        raise UserError("generate: stop_strings need the tokenizer")
+    eos, pad = _special_ids(model, eos_token_id, pad_token_id)
+    device = next(model.parameters()).device
+    input_ids = input_ids.to(device)
+    choose = _Chooser(do_sample, temperature, top_k, top_p, repetition_penalty, _generator(seed, device))
+    stopped = _Stops(eos, stop_strings or [], tokenizer, input_ids.shape[1])
+    was_training = model.training
+    model.eval()
+    try:
+        return _loop(model, input_ids, attention_mask, max_new_tokens, choose, stopped, pad, streamer)
+    finally:
+        model.train(was_training)
+
+
+def _loop(
+    model: nn.Module,
+    ids: Tensor,
+    attention_mask: Tensor | None,
+    max_new_tokens: int,
+    choose: _Chooser,
+    stopped: _Stops,
+    pad: int,
+    streamer: Callable[[Tensor], None] | None,
+) -> Tensor:
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)
+    padded = not bool(mask.all())
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = KVCache(list(parts(model).blocks), capacity=ids.shape[1] + max_new_tokens)
+    running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    new = ids
+    for _ in range(max_new_tokens):
+        ctx = Context(new, positions, attention_mask=mask.bool() if padded else None)
+        h = run_blocks(model, new, ctx, cache)
+        logits: Tensor = parts(model).head(h[:, -1:], ctx)
+        token = choose(logits[:, -1].float(), ids).masked_fill(~running, pad)
+        ids = torch.cat([ids, token.unsqueeze(1)], 1)
+        if streamer is not None:
+            streamer(token.cpu())
+        if stopped.possible:
+            running = running & ~stopped(ids)
+            if not bool(running.any()):
+                break
+        new, positions = token.unsqueeze(1), positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return ids
+
+
+@dataclass
+class _Chooser:
+    """The next token (B,) from logits (B, V) and the ids so far (B, S)."""
+
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    generator: torch.Generator | None
+
+    def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
+        if self.repetition_penalty != 1.0:
+            seen = logits.gather(1, ids)
+            seen = torch.where(seen < 0, seen * self.repetition_penalty, seen / self.repetition_penalty)
+            logits = logits.scatter(1, ids, seen)
+        if not self.do_sample:
+            return logits.argmax(-1)
+        logits = logits / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            least = logits.topk(self.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p < 1.0:
+            # dropped: what comes after the likeliest tokens that together have top_p; the first always stays
+            ordered, order = logits.sort(descending=True)
+            probabilities = ordered.softmax(-1)
+            dropped = probabilities.cumsum(-1) - probabilities >= self.top_p
+            dropped[:, 0] = False
+            dropped = torch.zeros_like(dropped).scatter(1, order, dropped)
+            logits = logits.masked_fill(dropped, -torch.inf)
+        return torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(1)
+
+
+@dataclass
+class _Stops:
+    """Which rows end with their last token."""
+
+    eos: list[int]
+    strings: Sequence[str]
+    tokenizer: Any
+    prompt_length: int
+
+    @property
+    def possible(self) -> bool:
+        return bool(self.eos or self.strings)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        last = ids[:, -1]
+        ended = torch.isin(last, torch.tensor(self.eos, dtype=last.dtype, device=last.device))
+        if self.strings:
+            # a character may take four byte tokens: so many tokens hold the longest string in any case
+            tail = max(self.prompt_length, ids.shape[1] - 4 * max(map(len, self.strings)) - 8)
+            texts = [self.tokenizer.decode(row) for row in ids[:, tail:].tolist()]
+            found = [any(string in text for string in self.strings) for text in texts]
+            ended = ended | torch.tensor(found, device=last.device)
+        return ended
+
+
+def _special_ids(
+    model: nn.Module, eos: int | Sequence[int] | None, pad: int | None
+) -> tuple[list[int], int]:
+    """End-of-sequence ids (empty: never stop) and the pad id, with the model's own where None is given."""
+    defaults = _generation_defaults(model) if eos is None or pad is None else {}
+    eos = defaults.get("eos_token_id") if eos is None else eos
+    stops = [token for token in ([eos] if isinstance(eos, int) else eos or []) if token >= 0]
+    pad = defaults.get("pad_token_id") if pad is None else pad
+    if not isinstance(pad, int) or pad < 0:
+        pad = stops[0] if stops else 0
+    return stops, pad
+
+
+def _generation_defaults(model: nn.Module) -> dict[str, Any]:
+    """config.json's special ids, the provider's corrections of them, and generation_config.json's."""
+    origin = getattr(model, "origin", None)
+    if origin is None:
+        return {}
+    keys = ("eos_token_id", "pad_token_id")
+    found = {key: getattr(origin.config, key, origin.hf_config.get(key)) for key in keys}
+    path = origin.path / "generation_config.json" if origin.path else None
+    if path is not None and path.is_file():
+        try:
+            stated = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        found |= {key: stated[key] for key in keys if stated.get(key) is not None}
+    return found
+
+
+def _generator(seed: int | None, device: torch.device) -> torch.Generator | None:
+    return None if seed is None else torch.Generator(device).manual_seed(seed)
+
+
+def _check(
+    attention_mask: Tensor | None, new: int, temperature: float, top_p: float, penalty: float
+) -> None:
+    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+        raise UserError("generate: pad the prompts on the left; a row of attention_mask ends with padding")
+    if new < 0:
+        raise UserError(f"generate: max_new_tokens={new}, expected 0 or more")
+    if temperature <= 0:
+        raise UserError(f"generate: temperature={temperature}, expected above 0 (do_sample=False is greedy)")
+    if not 0 < top_p <= 1:
+        raise UserError(f"generate: top_p={top_p}, expected above 0 and at most 1")
+    if penalty <= 0:
+        raise UserError(f"generate: repetition_penalty={penalty}, expected above 0")

@@ -1,0 +1,104 @@
+"""Which model plugin serves a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from collie_core.errors import CheckpointError, ConfigError, PluginError
+from collie_core.registry import PluginInfo, Registry, RunPlugins
+
+if TYPE_CHECKING:
+    from collie_core.hookspecs import ModelProvider
+    from collie_core.run import Run
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What `collie_model_provider` is given: the folder (None: there are no weights) and its config.json."""
+
+    path: Path | None
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SelectedProvider:
+    """A provider, and what it made of the checkpoint's config.
+
+    name: the plugin's name.  config: the provider's own config.  hf_config: the mapping in config.json.
+    """
+
+    provider: ModelProvider
+    name: str
+    config: Any
+    hf_config: dict[str, Any]
+    path: Path
+    plugin: PluginInfo | None
+
+
+def select_provider(
+    path: str | Path,
+    provider: str | None = None,
+    revision: str | None = None,
+    plugins: RunPlugins | None = None,
+    run: Run | None = None,
+) -> SelectedProvider:
+    """The provider for a folder in Hugging Face layout or a hub id (which is downloaded).
+
+    provider: a model plugin's name, instead of the checkpoint's model_type.  plugins: those of the run.
+    Raises CheckpointError without a readable config.json, PluginError where no plugin serves it, ConfigError
+    where the plugin does not support the config.
+    """
+    from collie_core.models.hub import resolve
+
+    folder = resolve(path, revision)
+    hf_config = read_hf_config(folder)
+    return provider_for(hf_config, folder, provider, plugins, run)
+
+
+def provider_for(
+    hf_config: Mapping[str, Any],
+    folder: Path | None,
+    provider: str | None = None,
+    plugins: RunPlugins | None = None,
+    run: Run | None = None,
+) -> SelectedProvider:
+    """As `select_provider`, for a config that is already known."""
+    content = dict(hf_config)
+    where = f"{folder / 'config.json'}: " if folder else ""
+    name = provider or content.get("model_type")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{where}has no model_type; name the model plugin with model.provider")
+    plugins = RunPlugins(Registry()) if plugins is None else plugins
+    try:
+        plugin = plugins.add("model", name)
+    except PluginError as error:
+        raise PluginError(str(error) if provider else f"{where}model_type: {error}") from None
+    made: ModelProvider = plugins.call_one(
+        plugin, "collie_model_provider", checkpoint=CheckpointInfo(folder, content), run=run
+    )
+    try:
+        config = made.read_config(content)
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from None
+    known_name = plugin.info.name if plugin.info else name
+    return SelectedProvider(made, known_name, config, content, folder or Path(), plugin.info)
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """The mapping in `config.json`.  Raises CheckpointError where there is none."""
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: no config.json, so this is no model in Hugging Face layout"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

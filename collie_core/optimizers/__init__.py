@@ -1,0 +1,1 @@
+"""Optimizers: what every one of them shares, and those of torch."""

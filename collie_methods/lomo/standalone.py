@@ -1,0 +1,144 @@
+"""LOMO and AdaLomo in a plain PyTorch loop, with no trainer:
+
+optimizer = Lomo(model, lr=1e-2, clip_grad_norm=1.0)
+for batch in batches:
+    loss = model(**batch).loss
+    optimizer.fused_backward(loss)          # instead of loss.backward(), step() and zero_grad()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from collie_core.errors import UserError
+from collie_core.layouts.gradients import GradientFlow, Mode
+from collie_core.run import ParameterGroup
+from collie_methods.lomo.optimizer import AdaLomoOptimizer, LomoOptimizer
+
+
+class _FusedLoop:
+    """Hooks on the parameters of a model, and the passes of a step."""
+
+    def __init__(
+        self,
+        optimizer: LomoOptimizer | AdaLomoOptimizer,
+        group: ParameterGroup,
+        lr: float,
+        clip_grad_norm: float | None,
+    ) -> None:
+        self.lr, self.clip_grad_norm = lr, clip_grad_norm
+        self._optimizer = optimizer
+        self._flow = GradientFlow(group.parameters)
+        self._norm: Tensor | None = None
+
+    def grad_norm(self, loss: Tensor) -> Tensor:
+        """L2 norm of all gradients of `loss` (0-d, fp32); each gradient is dropped at once.
+
+        The backward pass keeps the graph for the next `fused_backward`, which clips by this norm.
+        """
+        self._run(loss, "measure", keep_graph=True)
+        self._norm = self._flow.norm().to(loss.device)
+        return self._norm
+
+    def fused_backward(self, loss: Tensor, lr: float | None = None) -> None:
+        """The backward pass of `loss`, updating each parameter when its gradient is complete.
+
+        lr: the rate of this step and those to come (default: as before).
+        With clip_grad_norm the backward pass runs twice over the same graph: for the norm, unless
+        `grad_norm(loss)` did that already, and for the updates.
+        A step with a non-finite loss or norm is skipped; without clipping, so is any parameter with a
+        non-finite gradient.
+        """
+        if lr is not None:
+            self.lr = lr
+        if self.clip_grad_norm is not None and self._norm is None:
+            self.grad_norm(loss)
+        norm, self._norm = self._norm, None
+        finite = torch.isfinite(loss.detach())
+        factor: float | Tensor = 1.0
+        if norm is not None:
+            finite = finite & torch.isfinite(norm)
+        if norm is not None and self.clip_grad_norm is not None:
+            factor = (self.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        self._optimizer.step_number += 1
+        self._optimizer.begin_pass("update", self.lr, 1.0, factor)
+        self._run(loss, "update", finite=finite)
+        self._optimizer.end_pass("update")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Optimizer state by parameter, and `step`, the number of steps done (int64)."""
+        return {**self._optimizer.state_dict(), "step": torch.tensor(self._optimizer.step_number)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of state_dict.  Raises CheckpointError where the state does not fit."""
+        self._optimizer.load_state_dict({key: value for key, value in state.items() if key != "step"})
+        self._optimizer.step_number = int(state["step"])
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self._flow.close()
+
+    def _run(self, loss: Tensor, mode: Mode, finite: Tensor | None = None, keep_graph: bool = False) -> None:
+        self._flow.arm(mode, finite, self._optimizer.update)
+        try:
+            loss.backward(retain_graph=keep_graph)
+        finally:
+            self._flow.mode = "accumulate"  # the squares of the norm stay
+
+
+class Lomo(_FusedLoop):
+    """LOMO (Lv et al. 2023, arXiv 2306.09782) on the trainable parameters of `model`, in fp32 or bf16.
+
+    lr: learning rate.  clip_grad_norm: limit of the gradient norm over all parameters; costs a second
+    backward pass.  clip_grad_value: limit of each element of the gradient.  weight_decay: of every parameter.
+    seed: of the rounding noise of bf16 parameters.  compiled: each update is one kernel of torch.compile
+    (worth it on CUDA).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-2,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        compiled: bool = False,
+    ) -> None:
+        group = _all_parameters(model, weight_decay)
+        optimizer = LomoOptimizer([group], clip_grad_value=clip_grad_value, seed=seed, compiled=compiled)
+        super().__init__(optimizer, group, lr, clip_grad_norm)
+
+
+class AdaLomo(_FusedLoop):
+    """AdaLomo (Lv et al. 2023, arXiv 2310.10195); arguments as `Lomo`'s.
+
+    Its authors advise no norm clipping.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 5e-4,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        compiled: bool = False,
+    ) -> None:
+        group = _all_parameters(model, weight_decay)
+        optimizer = AdaLomoOptimizer([group], clip_grad_value=clip_grad_value, seed=seed, compiled=compiled)
+        super().__init__(optimizer, group, lr, clip_grad_norm)
+
+
+def _all_parameters(model: nn.Module, weight_decay: float) -> ParameterGroup:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in parameters.items():
+        if parameter.dtype == torch.float16:
+            raise UserError(
+                f"{name} is float16, which needs the loss scaling of collie_core's Trainer; use bfloat16 here"
+            )
+    return ParameterGroup(parameters, 1.0, weight_decay)

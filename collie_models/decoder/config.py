@@ -1,0 +1,38 @@
+"""What a decoder is made of: every option of the shared blocks, whatever a family calls them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from collie_models.decoder.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and choices of a decoder.
+
+    num_kv_heads < num_heads is grouped-query attention (1: multi-query).
+    residual `parallel`: attention and MLP read the same norm and are added at once; `sequential`: MLP after
+    attention, each with a norm of its own.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary: Rotary
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-6
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    residual: Literal["sequential", "parallel"] = "sequential"
+    tie_embeddings: bool = False
+    initializer_range: float = 0.02

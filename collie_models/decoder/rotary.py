@@ -1,0 +1,58 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), computed in fp32 once a forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from collie_models.decoder.rope_scaling import Scaling, Unscaled
+
+if TYPE_CHECKING:
+    from collie_core.ops import Context
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotates the first `dim` channels of each head; the rest passes through.
+
+    interleaved: pairs are channels (2i, 2i + 1), as in GPT-J; else (i, i + dim / 2), as in LLaMA.
+    """
+
+    dim: int
+    theta: float = 10000.0
+    interleaved: bool = False
+    scaling: Scaling = Unscaled()
+
+    def angles(self, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, fp32 (B or 1, 1, S, dim / 2), shared by all blocks of a forward pass."""
+        return ctx.memo("decoder.rotary", lambda: self._angles(ctx))
+
+    def _angles(self, ctx: Context) -> tuple[Tensor, Tensor]:
+        frequencies = self.scaling.frequencies(self.dim, self.theta, record_lengths(ctx))
+        angles = ctx.positions.unsqueeze(-1).float() * frequencies
+        factor = self.scaling.attention_factor
+        return angles.cos().unsqueeze(1) * factor, angles.sin().unsqueeze(1) * factor
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, H, S, head width) rotated in fp32 and cast back."""
+        rotated, rest = x[..., : self.dim].float(), x[..., self.dim :]
+        if self.interleaved:
+            first, second = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+        else:
+            first, second = rotated.chunk(2, dim=-1)
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        joined = torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
+        joined = joined.to(x.dtype)
+        return joined if rest.shape[-1] == 0 else torch.cat((joined, rest), -1)
+
+
+def record_lengths(ctx: Context) -> Tensor:
+    """Length of the longest record, 0-d; in packed rows the length of each position's own, (B, S, 1)."""
+    positions = ctx.positions
+    if ctx.segments is None:
+        return positions.amax() + 1
+    longest = torch.zeros_like(positions).scatter_reduce(1, ctx.segments, positions, "amax")
+    return longest.gather(1, ctx.segments).unsqueeze(-1) + 1
