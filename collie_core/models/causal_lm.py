@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from collie_core.errors import ConfigError, UserError
 from collie_core.models.forward import run_blocks, summed_loss
 from collie_core.models.generation import generate
+from collie_core.models.loading import Slots
 from collie_core.ops import Context
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ class CausalLM(nn.Module):
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: torch.dtype = torch.float32,
-        use_flash: bool | str = False,
+        dtype: torch.dtype | None = None,
+        use_flash: bool | Literal["auto"] | None = None,
         config: CollieConfig | None = None,
         provider: str | None = None,
         revision: str | None = None,
@@ -125,13 +126,17 @@ class CausalLM(nn.Module):
 
         self.require_weights()
         origin = self._require_origin("save_pretrained")
+        slots = Slots(self)
+        tensors = {name: t.detach() for name, t in slots.tensors.items() if name not in slots.copies}
         export_pretrained(
             Path(folder),
             origin.provider,
             origin.config,
             origin.hf_config,
-            [(name, parameter.detach()) for name, parameter in self.named_parameters()],
+            tensors.items(),
             source=origin.path,
+            dtypes={name: tensor.dtype for name, tensor in tensors.items()},
+            replace=True,
         )
 
     def resize_token_embeddings(self, size: int) -> None:

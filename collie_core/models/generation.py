@@ -34,7 +34,7 @@ def generate(
     streamer: Callable[[Tensor], None] | None = None,
     seed: int | None = None,
 ) -> Tensor:
-    """Prompts and their continuations, int64 (B, S + at most max_new_tokens); a finished row is filled with pad.
+    """Prompts and continuations, int64 (B, S + at most max_new_tokens); a finished row is filled with pad.
 
     input_ids: int64 (B, S), padded on the left.  attention_mask: (B, S), 1 for a token.
     do_sample: draw from the distribution after temperature, top_k (0: off) and top_p, in that order;
@@ -152,9 +152,7 @@ class _Stops:
         return ended
 
 
-def _special_ids(
-    model: nn.Module, eos: int | Sequence[int] | None, pad: int | None
-) -> tuple[list[int], int]:
+def _special_ids(model: nn.Module, eos: int | Sequence[int] | None, pad: int | None) -> tuple[list[int], int]:
     """End-of-sequence ids (empty: never stop) and the pad id, with the model's own where None is given."""
     defaults = _generation_defaults(model) if eos is None or pad is None else {}
     eos = defaults.get("eos_token_id") if eos is None else eos
@@ -186,9 +184,7 @@ def _generator(seed: int | None, device: torch.device) -> torch.Generator | None
     return None if seed is None else torch.Generator(device).manual_seed(seed)
 
 
-def _check(
-    attention_mask: Tensor | None, new: int, temperature: float, top_p: float, penalty: float
-) -> None:
+def _check(attention_mask: Tensor | None, new: int, temperature: float, top_p: float, penalty: float) -> None:
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):
         raise UserError("generate: pad the prompts on the left; a row of attention_mask ends with padding")
     if new < 0:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class WeightReader:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Read the headers alone.  Raises CheckpointError naming the file that is missing, damaged or unsafe."""
+        """Read the headers.  Raises CheckpointError naming a file that is missing, damaged or unsafe."""
         self.folder = Path(folder)
         self._mapped: tuple[Path, dict[str, Tensor]] | None = None
         self._mapped_bytes = 0
@@ -60,11 +60,16 @@ class WeightReader:
             self._stored |= found
         for name, file in expected.items():
             if name not in self._stored or self._stored[name].file.name != file:
-                raise CheckpointError(f"{self.folder / file}: lacks tensor {name!r}, which the index says it has")
+                raise CheckpointError(
+                    f"{self.folder / file}: lacks tensor {name!r}, which the index says it has"
+                )
 
     def keys(self) -> list[str]:
         """Names, in the order in which the tensors lie in the files."""
         return list(self._stored)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored
@@ -100,9 +105,13 @@ class WeightReader:
             if out.device.type == "cpu" and out.dtype == stored.dtype and out.is_contiguous():
                 _read_exactly(file.fileno(), stored, 0, out)
                 return
-            flat = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+            flat = (
+                out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+            )
             elements = flat.view(-1)
-            chunk = torch.empty(min(elements.numel(), _CHUNK_BYTES // stored.dtype.itemsize), dtype=stored.dtype)
+            chunk = torch.empty(
+                min(elements.numel(), _CHUNK_BYTES // stored.dtype.itemsize), dtype=stored.dtype
+            )
             for start in range(0, elements.numel(), max(1, chunk.numel())):
                 part = chunk[: elements.numel() - start]
                 _read_exactly(file.fileno(), stored, start, part)
@@ -145,7 +154,7 @@ def _read_exactly(descriptor: int, stored: StoredTensor, start: int, out: Tensor
     """Fill the contiguous CPU tensor `out` with the elements from `start` on."""
     if out.numel() == 0:
         return
-    view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+    view = out.reshape(-1).view(torch.uint8).numpy().data
     position = stored.offset + start * stored.dtype.itemsize
     while view:
         count = os.preadv(descriptor, [view], position)
@@ -161,9 +170,13 @@ def _safetensors_header(path: Path) -> dict[str, StoredTensor]:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise CheckpointError(f"{path}: damaged, or no safetensors file: its header does not fit into it")
+                raise CheckpointError(
+                    f"{path}: damaged, or no safetensors file: its header does not fit into it"
+                )
             content = json.loads(file.read(length))
-        entries = {name: _entry(path, value, 8 + length) for name, value in content.items() if name != "__metadata__"}
+        entries = {
+            name: _entry(path, value, 8 + length) for name, value in content.items() if name != "__metadata__"
+        }
     except CheckpointError:
         raise
     except OSError as error:

@@ -23,7 +23,7 @@ Key = tuple[int, int]
 Rule = Callable[..., Tensor]
 
 #: Elements that one thread works on at a time on the CPU, so that intermediate results stay in its cache.
-_CHUNK = 1 << 15
+_CHUNK = 1 << 16
 #: The same for a GPU without compilation: bounds the temporary memory.
 _GPU_CHUNK = 1 << 25
 
@@ -115,7 +115,8 @@ def _elements(
     """`update_elements` of rows (runs, length), the first elements of which have the indices `starts`."""
     value = rule(target.float(), *tensors, *scalars)
     if target.dtype == torch.bfloat16:
-        index = (starts[:, None] + torch.arange(target.shape[1], device=target.device)).to(torch.int32)
+        columns = torch.arange(target.shape[1], dtype=torch.int32, device=target.device)
+        index = starts.to(torch.int32)[:, None] + columns  # modulo 2**32
         value = stochastic_bfloat16(value, index, (key_0, key_1))
     target.copy_(value)
 
@@ -178,7 +179,7 @@ def noise(index: Tensor, key: Key) -> Tensor:
     x = index + key[0]
     x = (x ^ _shift(x, 16)) * 0x21F0AAAD
     x = (x ^ _shift(x, 15) ^ key[1]) * (0xD35A2D97 - 2**32)
-    return (x ^ _shift(x, 15)) & 0xFFFF
+    return (x ^ (x >> 15)) & 0xFFFF
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -192,6 +193,7 @@ def stochastic_bfloat16(value: Tensor, index: Tensor, key: Key) -> Tensor:
     An fp32 number is a bf16 number followed by 16 bits; adding 0..65535 to the bits carries into the kept
     ones with probability (cut bits) / 65536, for subnormals and over the border of an exponent too.
     """
+    inf = float("inf")
+    value = value.nan_to_num(float("nan"), inf, -inf)  # one NaN for all: the bits of another could carry over
     bits = (value.view(torch.int32) + noise(index, key)) & -0x10000
-    # the payload of a NaN could overflow into another number
-    return torch.where(value.isnan(), value, bits.view(torch.float32)).to(torch.bfloat16)
+    return bits.view(torch.float32).to(torch.bfloat16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,13 +46,17 @@ class Session:
             self._tell(monitor, partial(monitor.log, step, metrics))
 
     def _tell(self, monitor: Monitor, call: Callable[[], None]) -> None:
-        """Call a monitor; one that fails is reported once and dropped, and the run goes on."""
+        """Call a monitor; one that fails is reported once, closed and dropped, and the run goes on."""
         try:
             call()
         except Exception as error:
-            name = type(monitor).__name__
-            self.warn(f"monitor {name} failed and is dropped: {type(error).__name__}: {error}")
+            self._report(type(monitor).__name__, error)
             self.monitors.remove(monitor)
+            with suppress(Exception):
+                monitor.close(error)
+
+    def _report(self, name: str, error: Exception) -> None:
+        self.warn(f"monitor {name} failed and is dropped: {type(error).__name__}: {error}")
 
     def evaluate(self) -> dict[str, float]:
         """Run every evaluator on the evaluation data; results under `<evaluator>/<figure>`."""
@@ -101,14 +106,13 @@ class Session:
         ]
 
     def finish(self) -> None:
-        """The export, and the end of the monitors."""
+        """The export in Hugging Face layout."""
         from collie_core.train.output import export_final, write_run_json
 
         run = self.run
         write_run_json(run, self.plugins)  # with what was resolved in the first step
         path = export_final(run, self.provider, self.layout)
         self.plugins.broadcast("collie_exported", run=run, path=path)
-        self.close(None)
 
     def fail(self, error: BaseException) -> None:
         """Tell everyone that the run ends by `error`."""
@@ -118,8 +122,11 @@ class Session:
     def close(self, error: BaseException | None) -> None:
         """End plugins and monitors."""
         self.plugins.broadcast("collie_run_end", run=self.run)
-        for monitor in list(self.monitors):
-            self._tell(monitor, partial(monitor.close, error))
+        for monitor in self.monitors:
+            try:
+                monitor.close(error)
+            except Exception as failure:
+                self._report(type(monitor).__name__, failure)
         self.monitors = []
 
     def peak_memory_gib(self) -> float:

@@ -78,6 +78,7 @@ class Trainer:
                 train_loop(session, signals)
                 if signals.received is None:
                     session.finish()
+                session.close(None)
             except BaseException as error:
                 failure = as_collie_error(error)
                 session.fail(failure)

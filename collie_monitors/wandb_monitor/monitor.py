@@ -32,13 +32,13 @@ class WandB:
     class Options:
         """As in `wandb.init`; null leaves the choice to W&B (WANDB_PROJECT and the like).
 
-        name: null means the name of output_dir.
+        run_name: null means the name of output_dir.
         mode: null means WANDB_MODE, or else online, or offline where no API key is or no server answers.
         init_timeout: how many seconds the server has to answer when the run starts.
         """
 
         project: str | None = None
-        name: str | None = None
+        run_name: str | None = None
         entity: str | None = None
         group: str | None = None
         tags: tuple[str, ...] = ()
@@ -126,7 +126,7 @@ def _start(run: Run, options: WandB.Options, run_id: str) -> wandb.Run:
             resume="allow",
             project=options.project,
             entity=options.entity,
-            name=options.name or run.output_dir.resolve().name,
+            name=options.run_name or run.output_dir.resolve().name,
             group=options.group,
             tags=options.tags or None,
             notes=options.notes,

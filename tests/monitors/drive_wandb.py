@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from collie_core.monitors.metrics_file import MetricsFile
 from collie_core.run import Run
 from collie_monitors.wandb_monitor import WandB
 
+BLOCK = 32 * 1024  # W&B writes its file in blocks: two hundred steps make one
+
 output_dir, first, last, ending = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 options = json.loads(sys.argv[5])
 output_dir.mkdir(exist_ok=True)
 config = CollieConfig(model={"path": "some/model"}, output_dir=output_dir, seed=7)
-run = Run(config, output_dir, device="cpu", step=first, total_steps=40)  # type: ignore[arg-type]  # needs no torch
+run = Run(config, output_dir, device="cpu", step=first, total_steps=1000)  # type: ignore[arg-type]  # needs no torch
 metrics_file = MetricsFile(output_dir / "metrics.jsonl")
 metrics_file.truncate_after(first)
 monitor = WandB(WandB.Options(**options)).collie_monitor(run)
@@ -39,5 +42,8 @@ for step in range(first + 1, last + 1):
     run.step = step
 monitor.text(last, "sample", "a [sample] of text")
 if ending == "kill":
+    [file] = (output_dir / "wandb" / "latest-run").glob("*.wandb")
+    while last - first > 200 and file.stat().st_size < BLOCK:
+        time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 monitor.close(RuntimeError("no more") if ending == "fail" else None)

@@ -15,10 +15,11 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import pydantic
 import pytest
 
+from collie_core.config.problems import ConfigProblems
 from collie_core.monitors.console import Console, amount, duration, figure
+from collie_core.registry.options import validate_options
 from collie_core.run import Run
 
 MakeRun = Callable[..., Run]
@@ -121,10 +122,9 @@ def test_units() -> None:
 
 
 def test_every_steps_must_be_positive() -> None:
-    options = pydantic.TypeAdapter(Console.Options)
-    assert options.validate_python({"every_steps": 1}).every_steps == 1
-    with pytest.raises(pydantic.ValidationError):
-        options.validate_python({"every_steps": 0})
+    assert validate_options(Console, {"every_steps": 1}) == Console.Options(every_steps=1)
+    with pytest.raises(ConfigProblems, match="every_steps"):
+        validate_options(Console, {"every_steps": 0})
 
 
 def test_on_a_terminal_a_bar_stands_below_the_lines_at_any_width(tmp_path: Path) -> None:

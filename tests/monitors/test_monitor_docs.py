@@ -12,6 +12,7 @@ import pytest
 
 from collie_core.config.schema import CollieConfig
 from collie_core.monitors.console import Console
+from collie_core.registry.options import validate_options
 from collie_core.run import Run
 from collie_monitors.csv_monitor import Csv
 from collie_monitors.tensorboard_monitor import TensorBoard
@@ -44,7 +45,7 @@ def test_the_config_that_is_shown_is_valid(tmp_path: Path) -> None:
     path.write_text("model: {path: some/model}\n" + snippet("yaml"))
     sections = CollieConfig.from_yaml(path).monitors
     assert [section.name for section in sections] == ["console", "tensorboard", "csv", "wandb"]
-    assert sections[3].options == {"project": "demo"}
+    assert validate_options(WandB, sections[3].options) == WandB.Options(project="demo")
 
 
 @pytest.mark.parametrize(

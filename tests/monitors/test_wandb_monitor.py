@@ -120,12 +120,23 @@ def test_stopped_killed_and_resumed_it_is_one_run_with_each_step_once(tmp_path: 
     assert state["summary"]["perplexity/best"] == 2.0 and state["summary"][PERPLEXITY] == 22.0
 
 
+def test_what_a_killed_process_has_written_is_written_anew(tmp_path: Path) -> None:
+    output_dir = tmp_path / "demo"
+    drive(output_dir, 0, 300, "kill")
+    [killed] = files(output_dir)
+    steps = [row["_step"] for row in history([killed])]
+    assert steps == list(range(1, len(steps) + 1)) and 50 < len(steps) < 300
+    drive(output_dir, 40, 60, "finish")
+    assert [row["_step"] for row in history(files(output_dir))] == list(range(1, 61))
+
+
 def test_a_run_that_begins_anew_is_another_one(tmp_path: Path) -> None:
     output_dir = tmp_path / "demo"
     drive(output_dir, 0, 3, "finish")
-    drive(output_dir, 0, 3, "finish")
-    first, second = records(files(output_dir), "run")
-    assert first["run_id"] != second["run_id"]
+    drive(output_dir, 0, 3, "finish", run_name="second")
+    runs = records(files(output_dir), "run")
+    assert len({run["run_id"] for run in runs}) == 2
+    assert {run["display_name"] for run in runs} == {"demo", "second"}
 
 
 def test_a_disabled_run_writes_no_wandb_file(tmp_path: Path) -> None:

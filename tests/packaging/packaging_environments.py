@@ -34,7 +34,12 @@ class Environment:
         kept = {
             k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "COLLIE_PLUGINS")
         }
-        return {**kept, "PATH": f"{self.folder / 'bin'}:{kept['PATH']}", "WANDB_MODE": "offline"}
+        own = {
+            "PATH": f"{self.folder / 'bin'}:{kept['PATH']}",
+            "WANDB_MODE": "offline",
+            "OMP_NUM_THREADS": "1",
+        }
+        return kept | own
 
     def run(self, *command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
         """Run a command of the environment, such as `collie`."""

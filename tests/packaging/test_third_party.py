@@ -57,7 +57,7 @@ def test_the_strangers_plugins_are_listed_and_sound(environment: Environment, pl
 def test_they_train_save_and_reload(environment: Environment, place: Path) -> None:
     train(environment, place)
     found = losses(place / "work/run")
-    assert found[-1] < 0.5 * found[0]
+    assert found[-1] < 0.2 * found[0]
     used = json.loads((place / "work/run/run.json").read_text())["plugins"]
     assert {entry["name"] for entry in used if entry["distribution"] == "acme-collie"} == {
         "acme",
@@ -78,9 +78,10 @@ def test_they_train_save_and_reload(environment: Environment, place: Path) -> No
 
 
 def test_a_resumed_run_is_bit_identical(environment: Environment, place: Path) -> None:
-    train(environment, place, "schedule=constant", "output_dir=work/whole")
+    same = ("schedule=constant", "train.epochs=2")
+    train(environment, place, *same, "output_dir=work/whole")
     for more in (["train.max_steps=10"], []):
-        train(environment, place, "schedule=constant", "output_dir=work/resumed", *more)
+        train(environment, place, *same, "output_dir=work/resumed", *more)
     whole = losses(place / "work/whole")
     assert len(whole) > 12 and losses(place / "work/resumed") == whole
     one, other = (load_file(place / f"work/{name}/model/model.safetensors") for name in ("whole", "resumed"))

@@ -81,7 +81,7 @@ def test_stopped_and_resumed_twice_is_bit_identical(
     same_run(expected, out)
 
 
-def write_yaml(model: Path, data: Path, out: Path, path: Path, **changes: Any) -> Path:
+def write_yaml(model: Path, data: Path, out: Path, path: Path, /, **changes: Any) -> Path:
     path.write_text(yaml.safe_dump(config(model, data, out, **{**CHANGES, **changes}).to_mapping()))
     return path
 

@@ -15,7 +15,7 @@ from collie_core import Trainer
 from collie_core.plugin import hookimpl
 
 
-def run(model: Path, data: Path, out: Path, **changes: Any) -> Path:
+def run(model: Path, data: Path, out: Path, /, **changes: Any) -> Path:
     Trainer(config(model, data, out, **changes)).train()
     return out
 
@@ -66,7 +66,7 @@ class Order:
         )
 
 
-def seen_order(model: Path, data: Path, out: Path, **changes: Any) -> list[list[int]]:
+def seen_order(model: Path, data: Path, out: Path, /, **changes: Any) -> list[list[int]]:
     """The records of every step of an epoch, from the reader itself."""
     from collie_core.train.setup import open_training
 

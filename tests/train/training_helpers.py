@@ -12,7 +12,7 @@ from torch import Tensor
 from collie_core import CollieConfig
 
 
-def config(model: Path, data: Path, out: Path, **changes: Any) -> CollieConfig:
+def config(model: Path, data: Path, out: Path, /, **changes: Any) -> CollieConfig:
     """A run of the tiny model in fp32, with no monitor; `changes` are sections merged over it."""
     base: dict[str, Any] = {
         "model": {"path": str(model), "dtype": "float32"},

@@ -1,0 +1,105 @@
+"""`AutoModelForCausalLM` and `AutoTokenizer`: any installed family by its folder or hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from collie_core.models.causal_lm import AdoptedCausalLM, CausalLM, Origin
+from collie_core.models.hub import resolve
+from collie_core.models.initialise import initialise
+from collie_core.models.loading import load_weights
+from collie_core.models.provider import SelectedProvider, provider_for, read_hf_config, select_provider
+from collie_core.models.weight_files import WeightReader
+from collie_core.ops import Ops, select_ops
+
+if TYPE_CHECKING:
+    from collie_core.config.schema import CollieConfig
+
+UseFlash = bool | Literal["auto"]
+
+
+class AutoModelForCausalLM:
+    """Makes models; it has no instances."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        use_flash: UseFlash | None = None,
+        config: CollieConfig | None = None,
+        provider: str | None = None,
+        revision: str | None = None,
+    ) -> CausalLM:
+        """The model in a folder in Hugging Face layout, or of a hub id, on the CPU.
+
+        dtype: of the weights; None: config.model.dtype, without a config float32.  use_flash: None: the
+        config's, else false.  provider: a model plugin's name, instead of the checkpoint's model_type.
+        With a config whose dp_size * tp_size * pp_size is above 1 the module stays on meta, remembering its
+        folder, for the Trainer to prepare.
+        Raises CheckpointError, ConfigError or PluginError, each naming file and key or tensors.
+        """
+        ops = _ops(config, use_flash)
+        if config is not None:
+            provider, revision = provider or config.model.provider, revision or config.model.revision
+            dtype = dtype or getattr(torch, config.model.dtype)
+        selected = select_provider(path, provider=provider, revision=revision)
+        model = _build(selected, ops, selected.path)
+        if config is None or config.dp_size * config.tp_size * config.pp_size == 1:
+            reader = WeightReader(selected.path)
+            load_weights(model, selected.provider, selected.config, reader, dtype=dtype or torch.float32)
+        return model
+
+    @classmethod
+    def from_config(
+        cls,
+        hf_config: Mapping[str, Any],
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        use_flash: UseFlash = False,
+        provider: str | None = None,
+    ) -> CausalLM:
+        """A model with random weights for the contents of a `config.json`.
+
+        Matrices are normal with deviation `initializer_range` (0.02 where absent), norms 1, biases 0; every
+        value is a function of seed and parameter name alone.
+        """
+        selected = provider_for(hf_config, None, provider)
+        model = _build(selected, _ops(None, use_flash), None)
+        std = hf_config.get("initializer_range", 0.02)
+        initialise(model, seed, std, dtype)
+        return model
+
+
+class AutoTokenizer:
+    """Makes tokenizers; it has no instances."""
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, provider: str | None = None, revision: str | None = None
+    ) -> Any:
+        """The tokenizer in a folder or hub repository, with the interface of transformers; no code is run."""
+        folder = resolve(path, revision, weights=False)
+        selected = provider_for(read_hf_config(folder), folder, provider)
+        return selected.provider.tokenizer(folder)
+
+
+def _ops(config: CollieConfig | None, use_flash: UseFlash | None) -> Ops:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config is None:
+        return select_ops(use_flash=use_flash or False, device=device)
+    flash = config.use_flash if use_flash is None else use_flash
+    return select_ops(config.ops.attention, config.ops.cross_entropy, flash, device)
+
+
+def _build(selected: SelectedProvider, ops: Ops, path: Path | None) -> CausalLM:
+    """The module on meta, with the methods of `CausalLM` whatever its class."""
+    with torch.device("meta"):
+        module = selected.provider.build(selected.config, ops)
+        model = module if isinstance(module, CausalLM) else AdoptedCausalLM(module)
+    model.origin = Origin(selected.provider, selected.config, selected.hf_config, path)
+    return model

@@ -1,0 +1,223 @@
+"""Weights from files into a module, one tensor at a time, and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from collie_core.errors import CheckpointError, PluginError
+from collie_core.models.weight_files import WeightReader, write_safetensors_sharded
+from collie_core.models.weight_map import Ignore, Rename, WeightRule
+
+if TYPE_CHECKING:
+    from collie_core.hookspecs import ModelProvider
+    from collie_core.safetensors_writer import TensorSpec
+
+_log = logging.getLogger(__name__)
+
+_LISTED = 20  # names in a message
+
+
+def load_weights(
+    model: nn.Module,
+    provider: ModelProvider,
+    config: Any,
+    reader: WeightReader,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Give `model` the weights of a checkpoint.  Parameters on meta are allocated on `device`.
+
+    dtype: of floating-point parameters; None keeps the stored one.  Beside the model, host memory holds one
+    rule's tensors.  Raises CheckpointError listing the tensors that are missing, unexpected or of a wrong
+    shape, before any is read; PluginError where the provider's weight map does not fit its module.
+    """
+    slots = Slots(model)
+    rules = _match(slots, provider.weight_map(config), reader)
+    position = {name: number for number, name in enumerate(reader)}
+    copies = [rule for rule in rules if slots.is_copy(rule)]
+    for rule in sorted(
+        (rule for rule in rules if not slots.is_copy(rule)), key=lambda rule: position[rule.sources[0]]
+    ):
+        if isinstance(rule, Rename):
+            target = slots.allocate(rule.target, device, dtype or reader.dtype(rule.source))
+            reader.read_into(rule.source, target)
+            continue
+        loaded = rule.load({name: reader.get(name) for name in rule.sources})
+        for name, tensor in loaded.items():
+            slots.allocate(name, device, dtype or tensor.dtype).copy_(tensor)
+    for rule in copies:
+        _compare_copy(slots, rule, reader)
+    reset_buffers(model, torch.device(device))
+
+
+class Slots:
+    """The parameters and persistent buffers of a module by name, tied ones known as one.
+
+    The first name of a tied tensor is the tensor's; the others are `copies`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        persistent = model.state_dict(keep_vars=True)
+        self.tensors |= {name: tensor for name, tensor in persistent.items() if name not in self.tensors}
+        first: dict[int, str] = {}
+        self.copies: dict[str, str] = {}
+        for name, tensor in self.tensors.items():
+            if first.setdefault(id(tensor), name) != name:
+                self.copies[name] = first[id(tensor)]
+
+    def is_copy(self, rule: WeightRule) -> bool:
+        """True where everything that the rule holds is tied to tensors of other names."""
+        return bool(rule.targets) and all(name in self.copies for name in rule.targets)
+
+    def allocate(self, name: str, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        """The tensor to fill; one on meta is first replaced, under all its names, by one with memory."""
+        tensor = self.tensors[name]
+        if not tensor.is_meta:
+            return tensor.detach()
+        dtype = dtype if tensor.dtype.is_floating_point else tensor.dtype
+        empty = torch.empty(tensor.shape, dtype=dtype, device=device)
+        made = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        for alias in [name, *(copy for copy, original in self.copies.items() if original == name)]:
+            owner, _, leaf = alias.rpartition(".")
+            setattr(self.model.get_submodule(owner), leaf, made)
+            self.tensors[alias] = made
+        return made.detach()
+
+
+def reset_buffers(model: nn.Module, device: torch.device) -> None:
+    """Make the buffers that no checkpoint holds, by the module's own `reset_buffers(device)`.
+
+    Raises PluginError where one stays on meta.
+    """
+    reset = getattr(model, "reset_buffers", None)
+    if any(buffer.is_meta for buffer in model.buffers()) and callable(reset):
+        reset(device)
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if left:
+        raise PluginError(
+            f"{type(model).__name__}: no value for the buffers {_listed(left)}, which no checkpoint holds; "
+            "its model plugin must make them in reset_buffers(device)"
+        )
+
+
+def _match(slots: Slots, rules: Sequence[WeightRule], reader: WeightReader) -> list[WeightRule]:
+    """The rules to apply, once checkpoint, rules and module are known to fit."""
+    _check_rules(slots, rules)
+    ignored = [rule.pattern for rule in rules if isinstance(rule, Ignore)]
+    wanted = [rule for rule in rules if rule.targets]
+    # a tied tensor may be in the file once or twice
+    wanted = [
+        rule for rule in wanted if not slots.is_copy(rule) or all(name in reader for name in rule.sources)
+    ]
+    known = {name for rule in rules for name in rule.sources}
+    problems = {
+        "missing": [name for rule in wanted for name in rule.sources if name not in reader],
+        "unexpected": [
+            name
+            for name in reader
+            if name not in known and not any(fnmatchcase(name, pattern) for pattern in ignored)
+        ],
+        "of a wrong shape": [
+            text
+            for rule in wanted
+            if all(name in reader for name in rule.sources)
+            for text in _shape_problems(slots, rule, reader)
+        ],
+    }
+    if any(problems.values()):
+        lines = [f"\n  {kind}: {_listed(names)}" for kind, names in problems.items() if names]
+        raise CheckpointError(f"{reader.folder}: the weights do not fit the config{''.join(lines)}")
+    return wanted
+
+
+def _check_rules(slots: Slots, rules: Sequence[WeightRule]) -> None:
+    """Every parameter must be the target of a rule, and every target a parameter."""
+    targets = {name for rule in rules for name in rule.targets}
+    unknown = [name for name in targets if name not in slots.tensors]
+    uncovered = [name for name in slots.tensors if name not in slots.copies and name not in targets]
+    if unknown or uncovered:
+        parts = [f"names {_listed(sorted(unknown))}, which the module does not have"] if unknown else []
+        parts += [f"has no rule for {_listed(uncovered)}"] if uncovered else []
+        raise PluginError(f"the weight map of {type(slots.model).__name__} {' and '.join(parts)}")
+
+
+def _shape_problems(slots: Slots, rule: WeightRule, reader: WeightReader) -> Iterator[str]:
+    """What the rule would make of the stored shapes, compared with the module's."""
+    sources = {name: torch.empty(reader.shape(name), device="meta") for name in rule.sources}
+    try:
+        loaded = rule.load(sources)
+    except (ValueError, RuntimeError, IndexError) as error:
+        yield f"{' + '.join(rule.sources)} ({error})"
+        return
+    for name, tensor in loaded.items():
+        expected = slots.tensors[name].shape
+        if tensor.shape != expected:
+            source = " + ".join(rule.sources)
+            yield f"{source} ({list(tensor.shape)} in the file, the config asks for {list(expected)})"
+
+
+def _compare_copy(slots: Slots, rule: WeightRule, reader: WeightReader) -> None:
+    """A file may hold a tied tensor twice; where the two differ, say which one is used."""
+    loaded = rule.load({name: reader.get(name) for name in rule.sources})
+    for name, tensor in loaded.items():
+        used = slots.tensors[name].detach()
+        if not torch.equal(tensor.to(used.device, used.dtype), used):
+            _log.warning(
+                "%s: %s differs from the tensor that it is tied to by tie_word_embeddings; it is not used",
+                reader.file(rule.sources[0]),
+                " + ".join(rule.sources),
+            )
+
+
+def export_weights(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    specs: Mapping[str, TensorSpec],
+    rules: Sequence[WeightRule],
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write parameters, as they come, under the names and in the layout of the checkpoint.
+
+    specs: parameter name -> (shape, dtype) of everything in `tensors`, in the same order.  A rule whose
+    parameters are all absent (tied copies) is left out.  Raises ValueError for a rule with some absent.
+    """
+    used = [rule for rule in rules if any(name in specs for name in rule.targets)]
+    for rule in used:
+        absent = [name for name in rule.targets if name not in specs]
+        if absent:
+            raise ValueError(f"{rule}: no tensor {', '.join(absent)}")
+    arrival = {name: number for number, name in enumerate(specs)}
+    used.sort(key=lambda rule: max(arrival[name] for name in rule.targets))
+    stored: dict[str, TensorSpec] = {}
+    for rule in used:
+        meta = {
+            name: torch.empty(specs[name][0], dtype=specs[name][1], device="meta") for name in rule.targets
+        }
+        stored |= {name: (tuple(t.shape), t.dtype) for name, t in rule.save(meta).items()}
+    write_safetensors_sharded(folder, _saved(tensors, used), stored, max_shard_bytes)
+
+
+def _saved(tensors: Iterable[tuple[str, Tensor]], rules: list[WeightRule]) -> Iterator[tuple[str, Tensor]]:
+    """Checkpoint tensors, each as soon as the parameters that it is made of have come."""
+    rule_of = {name: rule for rule in rules for name in rule.targets}
+    waiting: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        waiting[name] = tensor
+        rule = rule_of[name]
+        if all(target in waiting for target in rule.targets):
+            yield from rule.save({target: waiting.pop(target) for target in rule.targets}).items()
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_LISTED])
+    return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED} more"
