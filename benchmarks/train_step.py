@@ -164,9 +164,10 @@ def run(args: argparse.Namespace, folder: Path) -> list[Contestant]:
         **shape,
     }
     model = AutoModelForCausalLM.from_config(
-        {**hf_config, "bos_token_id": 1, "eos_token_id": 2}, dtype=dtype, device=args.device, seed=0
+        {**hf_config, "bos_token_id": 1, "eos_token_id": 2}, dtype=dtype, seed=0
     )
     model.save_pretrained(folder / "model")
+    model.to(args.device)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     stock = LlamaForCausalLM.from_pretrained(folder / "model", dtype=dtype, attn_implementation="sdpa").to(
         args.device

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from collie_core.config.schema import CollieConfig
+    from collie_core.models.provider import SelectedProvider
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Run:
 
     step counts finished optimizer steps; total_steps is known once the data are.
     resolved holds every `auto` of the config as it was resolved.
-    model_config is the provider's own config object, hf_config the mapping of `config.json`.
-    model_path is the folder with the weights; model is the user's own module, used instead, or None.
+    source is the checkpoint to train, its configs and its provider; model is the user's own module, whose
+    weights are used instead, or None.
     loss_fn is the user's own loss, or None.
     """
 
@@ -46,11 +47,8 @@ class Run:
     step: int = 0
     total_steps: int = 0
     tokenizer: Any = None
-    model_path: Path | None = None
+    source: SelectedProvider | None = None
     model: nn.Module | None = None
-    model_config: Any = None
-    hf_config: dict[str, Any] = field(default_factory=dict)
-    provider_name: str = ""
     resolved: dict[str, Any] = field(default_factory=dict)
     loss_fn: Callable[..., Tensor] | None = None
     stop_reason: str | None = None

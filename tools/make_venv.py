@@ -29,20 +29,23 @@ def main() -> int:
     parser.add_argument("--this-python", action="store_true", help="make it anew if another one made it")
     args = parser.parse_args()
     venv: Path = args.venv.absolute()
-    if sys.version_info < NEEDED_PYTHON:
-        version = sys.version.split()[0]
-        return fail(f"{sys.executable} is Python {version}, and CoLLiE needs 3.11 or newer; give PYTHON=")
+    stamp = venv / ".collie-stamp"
     mode = existing_mode(venv, args.this_python)
+    if mode == "keep" and not stamp.exists():
+        mode = None  # interrupted before it saw the torch to keep
     if mode is None or args.torch not in (None, mode):
+        if sys.version_info < NEEDED_PYTHON:
+            version = sys.version.split()[0]
+            return fail(f"{sys.executable} is Python {version}, and CoLLiE needs 3.11 or newer; give PYTHON=")
         try:
             mode = choose_mode(args.torch)
         except ValueError as error:
             return fail(str(error))
         create(venv, mode)
-    stamp, fingerprint = venv / ".collie-stamp", current_fingerprint(venv)
-    if stamp.is_file() and stamp.read_text() == fingerprint:
+        stamp.touch()
+    fingerprint = current_fingerprint(venv)
+    if stamp.exists() and stamp.read_text() == fingerprint:
         return 0
-    stamp.unlink(missing_ok=True)
     if not install(venv, mode):
         return 1
     stamp.write_text(fingerprint)
@@ -152,19 +155,10 @@ def install(venv: Path, mode: str) -> bool:
         constraints = [line for line in constraints if not line.startswith("torch==")]
     chosen = venv / "constraints.txt"
     chosen.write_text("\n".join(constraints) + "\n")
-    pip = [
-        str(venv / "bin/python"),
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--disable-pip-version-check",
-        "-c",
-        str(chosen),
-    ]
+    pip = [str(venv / "bin/python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for step in (["hatchling", "editables"], ["--no-build-isolation", "-r", "requirements-dev.txt"]):
-        if subprocess.run([*pip, *step], cwd=ROOT, env=environment).returncode:
+        if subprocess.run([*pip, "-c", str(chosen), *step], cwd=ROOT, env=environment).returncode:
             return False
     return True
 

@@ -64,9 +64,15 @@ def findings() -> dict[str, Any]:
     facts = {"device": torch.cuda.get_device_name() if cuda else "cpu", "threads": torch.get_num_threads()}
     if cuda:
         facts["device memory"] = f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
-    problems = [item.problem for item in Registry().check() if not isinstance(item, LoadedPlugin) and item.status != "off"]
+    problems = [
+        item.problem
+        for item in Registry().check()
+        if not isinstance(item, LoadedPlugin) and item.status != "off"
+    ]
     problems += namespace_blockers()
     if not any(info.name == "native" for info in Registry().plugins()):
         problems.append("collie-core's own plugins are not registered; run: pip install -e ./collie_core")
-    operations = select_ops(attention="auto", cross_entropy="auto", use_flash="auto", device=device).describe()
+    operations = select_ops(
+        attention="auto", cross_entropy="auto", use_flash="auto", device=device
+    ).describe()
     return {"versions": versions, "device": facts, "operations": operations, "problems": problems}

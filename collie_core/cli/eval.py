@@ -17,15 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print every evaluator's figures on the evaluation data."""
     from collie_core.config.load import load_config
-    from collie_core.models.sources import open_source
     from collie_core.train.trainer import Trainer
 
     config = load_config(args.config, args.overrides)
-    if args.model is None:
-        figures = Trainer(config).evaluate()
-    else:
-        source = open_source(args.model, dtype=config.model.dtype, use_flash=config.use_flash)
-        figures = Trainer(config, model=source.model(), tokenizer=source.tokenizer()).evaluate()
+    if args.model is not None:
+        config.model.path, config.model.provider, config.model.revision = args.model, None, None
+    figures = Trainer(config).evaluate()
     if args.json:
         print(json.dumps(figures))
     else:

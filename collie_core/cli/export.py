@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 
@@ -19,13 +18,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write OUT in Hugging Face layout; prints the folder."""
-    from collie_core.errors import UserError
-    from collie_core.models.sources import open_source
+    import torch
+
+    from collie_core.models.export import export_pretrained
+    from collie_core.models.provider import select_provider
+    from collie_core.models.sources import stream_parameters
 
     out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: expected a new or empty folder, and it is not empty")
-    open_source(args.source, dtype=args.dtype).export(out, relative=args.relative)
+    selected = select_provider(args.source)
+    export_pretrained(
+        out,
+        selected.provider,
+        selected.config,
+        selected.hf_config,
+        stream_parameters(selected, getattr(torch, args.dtype) if args.dtype else None),
+        source=selected.path,
+        relative=args.relative,
+    )
     print(out)
-    print(f"exported {args.source} to {out}", file=sys.stderr)
     return 0

@@ -32,10 +32,13 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from collie_core.errors import UserError
-    from collie_core.models.sources import open_source
+    from collie_core.models.auto import AutoModelForCausalLM, AutoTokenizer
 
-    source = open_source(args.model, dtype=args.dtype)
-    tokenizer, model = source.tokenizer(), source.model()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=getattr(torch, args.dtype), use_flash="auto"
+    )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if args.chat:
         if not getattr(tokenizer, "chat_template", None):
@@ -47,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if not ids:
         raise UserError("--prompt: expected some text, got none")
     output = model.generate(
-        torch.tensor([ids], device=source.device),
+        torch.tensor([ids]),
         max_new_tokens=args.max_new_tokens,
         do_sample=args.temperature > 0,
         temperature=args.temperature or 1.0,

@@ -7,11 +7,10 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from collie_core.config.problems import ConfigProblems
-from collie_core.models.loading import load_weights
-from collie_core.models.weight_files import WeightReader
+from collie_core.models.sources import load_selected
 
 if TYPE_CHECKING:
     from collie_core.hookspecs import Adapter, ModelProvider
@@ -24,17 +23,30 @@ def materialise(run: Run, provider: ModelProvider, adapters: Sequence[Adapter], 
 
     Raises CheckpointError where the weights do not fit, ConfigError where a pattern matches nothing.
     """
+    assert run.source is not None
     if run.model is not None:
         model = run.model.to(run.device)
     else:
         with torch.device("meta"):
-            model = provider.build(run.model_config, ops)
-        assert run.model_path is not None
-        dtype = getattr(torch, run.config.model.dtype)
-        reader = WeightReader(run.model_path)
-        load_weights(model, provider, run.model_config, reader, device=run.device, dtype=dtype)
+            model = provider.build(run.source.config, ops)
+    added_by: dict[str, Adapter] = {}
     for adapter in adapters:
+        before = {name for name, _ in model.named_parameters()}
         adapter.adapt(model)
+        added_by |= {name: adapter for name, _ in model.named_parameters() if name not in before}
+
+    def initialise(name: str, values: Tensor) -> None:
+        added_by[name].initialise(name, values)
+
+    if run.model is None:
+        dtype = getattr(torch, run.config.model.dtype)
+        load_selected(
+            model, run.source, device=run.device, dtype=dtype, initialise=initialise if adapters else None
+        )
+    else:
+        for name, parameter in model.named_parameters():
+            if name in added_by:
+                initialise(name, parameter.detach())
     set_trainable(model, run)
     return model
 

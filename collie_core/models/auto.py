@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from collie_core.models.causal_lm import AdoptedCausalLM, CausalLM, Origin
-from collie_core.models.hub import resolve
 from collie_core.models.initialise import initialise
-from collie_core.models.loading import load_weights
 from collie_core.models.provider import SelectedProvider, provider_for, read_hf_config, select_provider
-from collie_core.models.weight_files import WeightReader
+from collie_core.models.sources import load_selected, locate
 from collie_core.ops import Ops, select_ops
 
 if TYPE_CHECKING:
@@ -23,7 +21,7 @@ UseFlash = bool | Literal["auto"]
 
 
 class AutoModelForCausalLM:
-    """Makes models; it has no instances."""
+    """Makes models; it has no instances.  A path may also be a run's folder or a checkpoint."""
 
     @classmethod
     def from_pretrained(
@@ -50,8 +48,7 @@ class AutoModelForCausalLM:
         selected = select_provider(path, provider=provider, revision=revision)
         model = _build(selected, ops, selected.path)
         if config is None or config.dp_size * config.tp_size * config.pp_size == 1:
-            reader = WeightReader(selected.path)
-            load_weights(model, selected.provider, selected.config, reader, dtype=dtype or torch.float32)
+            load_selected(model, selected, device="cpu", dtype=dtype or torch.float32)
         return model
 
     @classmethod
@@ -83,7 +80,7 @@ class AutoTokenizer:
         cls, path: str | Path, provider: str | None = None, revision: str | None = None
     ) -> Any:
         """The tokenizer in a folder or hub repository, with the interface of transformers; no code is run."""
-        folder = resolve(path, revision, weights=False)
+        folder = locate(path, revision, weights=False).folder
         selected = provider_for(read_hf_config(folder), folder, provider)
         return selected.provider.tokenizer(folder)
 

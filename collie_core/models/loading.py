@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from collie_core.errors import CheckpointError, PluginError
-from collie_core.models.weight_files import WeightReader, write_safetensors_sharded
+from collie_core.models.weight_files import write_safetensors_sharded
 from collie_core.models.weight_map import Ignore, Rename, WeightRule
 
 if TYPE_CHECKING:
-    from collie_core.hookspecs import ModelProvider
+    from collie_core.models.sources import Reader
     from collie_core.safetensors_writer import TensorSpec
 
 _log = logging.getLogger(__name__)
@@ -26,21 +26,23 @@ _LISTED = 20  # names in a message
 
 def load_weights(
     model: nn.Module,
-    provider: ModelProvider,
-    config: Any,
-    reader: WeightReader,
+    rules: Sequence[WeightRule],
+    reader: Reader,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    initialise: Callable[[str, Tensor], None] | None = None,
 ) -> None:
-    """Give `model` the weights of a checkpoint.  Parameters on meta are allocated on `device`.
+    """Give `model` the weights that `reader` has, by the weight map `rules`.  Parameters on meta are
+    allocated on `device`.
 
-    dtype: of floating-point parameters; None keeps the stored one.  Beside the model, host memory holds one
+    dtype: of floating-point parameters; None keeps the stored one.  initialise: fills the parameters that
+    no rule speaks of (those of adapters); without it they are an error.  Beside the model, host memory holds one
     rule's tensors.  Raises CheckpointError listing the tensors that are missing, unexpected or of a wrong
     shape, before any is read; PluginError where the provider's weight map does not fit its module.
     """
     slots = Slots(model)
-    rules = _match(slots, provider.weight_map(config), reader)
+    rules = _match(slots, rules, reader, complete=initialise is None)
     position = {name: number for number, name in enumerate(reader)}
     copies = [rule for rule in rules if slots.is_copy(rule)]
     for rule in sorted(
@@ -55,6 +57,9 @@ def load_weights(
             slots.allocate(name, device, dtype or tensor.dtype).copy_(tensor)
     for rule in copies:
         _compare_copy(slots, rule, reader)
+    if initialise is not None:
+        for name in slots.uncovered(rules):
+            initialise(name, slots.allocate(name, device, dtype or torch.float32))
     reset_buffers(model, torch.device(device))
 
 
@@ -78,6 +83,11 @@ class Slots:
     def is_copy(self, rule: WeightRule) -> bool:
         """True where everything that the rule holds is tied to tensors of other names."""
         return bool(rule.targets) and all(name in self.copies for name in rule.targets)
+
+    def uncovered(self, rules: Sequence[WeightRule]) -> list[str]:
+        """Tensors of their own that no rule fills."""
+        targets = {name for rule in rules for name in rule.targets}
+        return [name for name in self.tensors if name not in self.copies and name not in targets]
 
     def allocate(self, name: str, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """The tensor to fill; one on meta is first replaced, under all its names, by one with memory."""
@@ -110,9 +120,9 @@ def reset_buffers(model: nn.Module, device: torch.device) -> None:
         )
 
 
-def _match(slots: Slots, rules: Sequence[WeightRule], reader: WeightReader) -> list[WeightRule]:
+def _match(slots: Slots, rules: Sequence[WeightRule], reader: Reader, complete: bool) -> list[WeightRule]:
     """The rules to apply, once checkpoint, rules and module are known to fit."""
-    _check_rules(slots, rules)
+    _check_rules(slots, rules, complete)
     ignored = [rule.pattern for rule in rules if isinstance(rule, Ignore)]
     wanted = [rule for rule in rules if rule.targets]
     # a tied tensor may be in the file once or twice
@@ -140,18 +150,17 @@ def _match(slots: Slots, rules: Sequence[WeightRule], reader: WeightReader) -> l
     return wanted
 
 
-def _check_rules(slots: Slots, rules: Sequence[WeightRule]) -> None:
-    """Every parameter must be the target of a rule, and every target a parameter."""
-    targets = {name for rule in rules for name in rule.targets}
-    unknown = [name for name in targets if name not in slots.tensors]
-    uncovered = [name for name in slots.tensors if name not in slots.copies and name not in targets]
+def _check_rules(slots: Slots, rules: Sequence[WeightRule], complete: bool) -> None:
+    """Every target must be a parameter, and, where `complete`, every parameter a target."""
+    unknown = {name for rule in rules for name in rule.targets if name not in slots.tensors}
+    uncovered = slots.uncovered(rules) if complete else []
     if unknown or uncovered:
         parts = [f"names {_listed(sorted(unknown))}, which the module does not have"] if unknown else []
         parts += [f"has no rule for {_listed(uncovered)}"] if uncovered else []
         raise PluginError(f"the weight map of {type(slots.model).__name__} {' and '.join(parts)}")
 
 
-def _shape_problems(slots: Slots, rule: WeightRule, reader: WeightReader) -> Iterator[str]:
+def _shape_problems(slots: Slots, rule: WeightRule, reader: Reader) -> Iterator[str]:
     """What the rule would make of the stored shapes, compared with the module's."""
     sources = {name: torch.empty(reader.shape(name), device="meta") for name in rule.sources}
     try:
@@ -166,7 +175,7 @@ def _shape_problems(slots: Slots, rule: WeightRule, reader: WeightReader) -> Ite
             yield f"{source} ({list(tensor.shape)} in the file, the config asks for {list(expected)})"
 
 
-def _compare_copy(slots: Slots, rule: WeightRule, reader: WeightReader) -> None:
+def _compare_copy(slots: Slots, rule: WeightRule, reader: Reader) -> None:
     """A file may hold a tied tensor twice; where the two differ, say which one is used."""
     loaded = rule.load({name: reader.get(name) for name in rule.sources})
     for name, tensor in loaded.items():

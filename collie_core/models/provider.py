@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ class SelectedProvider:
     """A provider, and what it made of the checkpoint's config.
 
     name: the plugin's name.  config: the provider's own config.  hf_config: the mapping in config.json.
+    path: the folder with config.json.  checkpoint: where the weights are, if not in `path`.
     """
 
     provider: ModelProvider
@@ -37,6 +38,7 @@ class SelectedProvider:
     hf_config: dict[str, Any]
     path: Path
     plugin: PluginInfo | None
+    checkpoint: Path | None = None
 
 
 def select_provider(
@@ -46,17 +48,17 @@ def select_provider(
     plugins: RunPlugins | None = None,
     run: Run | None = None,
 ) -> SelectedProvider:
-    """The provider for a folder in Hugging Face layout or a hub id (which is downloaded).
+    """The provider for a folder in Hugging Face layout, a hub id (downloaded), a run folder or a checkpoint.
 
     provider: a model plugin's name, instead of the checkpoint's model_type.  plugins: those of the run.
     Raises CheckpointError without a readable config.json, PluginError where no plugin serves it, ConfigError
     where the plugin does not support the config.
     """
-    from collie_core.models.hub import resolve
+    from collie_core.models.sources import locate
 
-    folder = resolve(path, revision)
-    hf_config = read_hf_config(folder)
-    return provider_for(hf_config, folder, provider, plugins, run)
+    source = locate(path, revision)
+    hf_config = read_hf_config(source.folder)
+    return replace(provider_for(hf_config, source.folder, provider, plugins, run), checkpoint=source.checkpoint)
 
 
 def provider_for(

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Key = tuple[int, int]
 Rule = Callable[..., Tensor]
 
 #: Elements that one thread works on at a time on the CPU, so that intermediate results stay in its cache.
@@ -88,17 +87,18 @@ def update_elements(
     """
     if target.numel() == 0:
         return
-    starts, length = _runs(target, offset, global_shape)
+    origin, salt = noise_key(seed, step, name)
+    starts, length = _runs(target, offset, global_shape, origin)
+    key = torch.full((), salt, dtype=torch.int32, device=target.device)
     contiguous = target if target.is_contiguous() else target.contiguous()
     rows = contiguous.view(-1, length)
     inputs = [tensor.reshape(-1, length) for tensor in tensors]
-    key = noise_key(seed, step, name)
     if compiled:
-        _compiled_elements()(rows, rule, inputs, list(scalars), starts, *key)
+        _compiled_elements()(rows, rule, inputs, list(scalars), starts, key)
     else:
         for runs, columns in _pieces(rows):
             piece = [tensor[runs, columns] for tensor in inputs]
-            _elements(rows[runs, columns], rule, piece, list(scalars), starts[runs] + columns.start, *key)
+            _elements(rows[runs, columns], rule, piece, list(scalars), starts[runs] + columns.start, key)
     if contiguous is not target:
         target.copy_(contiguous)
 
@@ -109,15 +109,14 @@ def _elements(
     tensors: list[Tensor],
     scalars: list[Any],
     starts: Tensor,
-    key_0: int,
-    key_1: int,
+    key: Tensor,
 ) -> None:
-    """`update_elements` of rows (runs, length), the first elements of which have the indices `starts`."""
+    """`update_elements` of rows (runs, length), the first elements of which have the counters `starts`."""
     value = rule(target.float(), *tensors, *scalars)
     if target.dtype == torch.bfloat16:
         columns = torch.arange(target.shape[1], dtype=torch.int32, device=target.device)
-        index = starts.to(torch.int32)[:, None] + columns  # modulo 2**32
-        value = stochastic_bfloat16(value, index, (key_0, key_1))
+        counter = starts.to(torch.int32)[:, None] + columns  # modulo 2**32
+        value = stochastic_bfloat16(value, counter, key)
     target.copy_(value)
 
 
@@ -137,10 +136,10 @@ def _pieces(rows: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _runs(
-    target: Tensor, offset: Sequence[int] | None, global_shape: Sequence[int] | None
+    target: Tensor, offset: Sequence[int] | None, global_shape: Sequence[int] | None, origin: int
 ) -> tuple[Tensor, int]:
     """(starts, length): target is a sequence of runs of `length` elements with consecutive global indices;
-    starts (int64, one a run) is the index of the first."""
+    starts (int64, one a run) is the index of the first, plus origin."""
     shape = list(target.shape)
     whole = list(global_shape) if global_shape is not None else shape
     first = list(offset) if offset is not None else [0] * len(shape)
@@ -154,7 +153,7 @@ def _runs(
         if shape[inner] != whole[inner]:
             break
     strides = [prod(whole[dim + 1 :]) for dim in range(len(whole))]
-    base = sum(begin * stride for begin, stride in zip(first, strides, strict=True))
+    base = origin + sum(begin * stride for begin, stride in zip(first, strides, strict=True))
     starts = torch.full((1,), base, dtype=torch.int64, device=target.device)
     for size, stride in zip(shape[:inner], strides, strict=False):
         places = torch.arange(size, device=target.device) * stride
@@ -162,23 +161,22 @@ def _runs(
     return starts, prod(shape[inner:])
 
 
-def noise_key(seed: int, step: int, name: str) -> Key:
-    """Two signed 32-bit numbers that differ for every seed, step and name."""
+def noise_key(seed: int, step: int, name: str) -> tuple[int, int]:
+    """(origin, key) of the noise: signed 32-bit numbers that differ for every seed, step and name."""
     digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
-    first, second = struct.unpack("<ii", digest)
-    return first, second
+    origin, key = struct.unpack("<ii", digest)
+    return origin, key
 
 
-def noise(index: Tensor, key: Key) -> Tensor:
-    """Uniform integers 0..65535 (int32) for element indices (int32, modulo 2**32).
+def noise(counter: Tensor, key: Tensor) -> Tensor:
+    """Uniform integers 0..65535 (int32) for counters, which are origin + element index (int32, modulo 2**32).
 
     The mixing is the integer hash of C. Wellons' hash-prospector with the lowest known bias for two
-    multiplications ([16 21f0aaad 15 d35a2d97 15], https://github.com/skeeto/hash-prospector), with the key
-    added before and half-way; int32 arithmetic wraps around on every device.
+    multiplications ([16 21f0aaad 15 d35a2d97 15], https://github.com/skeeto/hash-prospector), the key (0-d,
+    int32) being mixed in half-way.  int32 arithmetic wraps around on every device.
     """
-    x = index + key[0]
-    x = (x ^ _shift(x, 16)) * 0x21F0AAAD
-    x = (x ^ _shift(x, 15) ^ key[1]) * (0xD35A2D97 - 2**32)
+    x = (counter ^ _shift(counter, 16)) * 0x21F0AAAD
+    x = (x ^ _shift(x, 15) ^ key) * (0xD35A2D97 - 2**32)
     return (x ^ (x >> 15)) & 0xFFFF
 
 
@@ -187,7 +185,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 
-def stochastic_bfloat16(value: Tensor, index: Tensor, key: Key) -> Tensor:
+def stochastic_bfloat16(value: Tensor, counter: Tensor, key: Tensor) -> Tensor:
     """fp32 `value` as bf16: noise below the last kept bit, then the rest cut off.
 
     An fp32 number is a bf16 number followed by 16 bits; adding 0..65535 to the bits carries into the kept
@@ -195,5 +193,5 @@ def stochastic_bfloat16(value: Tensor, index: Tensor, key: Key) -> Tensor:
     """
     inf = float("inf")
     value = value.nan_to_num(float("nan"), inf, -inf)  # one NaN for all: the bits of another could carry over
-    bits = (value.view(torch.int32) + noise(index, key)) & -0x10000
+    bits = (value.view(torch.int32) + noise(counter, key)) & -0x10000
     return bits.view(torch.float32).to(torch.bfloat16)

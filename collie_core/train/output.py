@@ -76,16 +76,17 @@ def checkpoint_state(run: Run, position: Any, data_fingerprint: str) -> dict[str
         "rng": rng_state(),
         "config": run.config.to_mapping(),
         "resolved": run.resolved,
-        "provider": run.provider_name,
+        "provider": run.source.name if run.source else None,
     }
 
 
 def write_model_files(run: Run, folder: Path) -> None:
     """config.json, generation config and tokenizer, so that a checkpoint can be exported by itself."""
+    assert run.source is not None
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(run.hf_config, indent=2) + "\n")
-    if run.model_path is not None and (run.model_path / "generation_config.json").is_file():
-        shutil.copy(run.model_path / "generation_config.json", folder)
+    (folder / "config.json").write_text(json.dumps(run.source.hf_config, indent=2) + "\n")
+    if (run.source.path / "generation_config.json").is_file():
+        shutil.copy(run.source.path / "generation_config.json", folder)
     if run.tokenizer is not None:
         run.tokenizer.save_pretrained(str(folder))
 
@@ -94,14 +95,15 @@ def export_final(run: Run, provider: ModelProvider, layout: Layout) -> Path:
     """`model/`: the trained model in Hugging Face layout, published whole."""
     from collie_core.models.export import export_pretrained
 
+    assert run.source is not None
     target = run.output_dir / "model"
     export_pretrained(
         target,
         provider,
-        run.model_config,
-        run.hf_config,
+        run.source.config,
+        run.source.hf_config,
         layout.full_tensors(),
-        source=run.model_path,
+        source=run.source.path,
         tokenizer=run.tokenizer,
         replace=True,
     )

@@ -100,10 +100,11 @@ class Session:
         write_run_json(run, self.plugins)
         self.metrics_file.truncate_after(run.step)
         self.checkpoints.set_aside_after(run.step)
-        self.monitors = [
-            self.plugins.call_one(plugin, "collie_monitor", run=run)
-            for plugin in self.plugins.of_kind("monitor")
-        ]
+        for plugin in self.plugins.of_kind("monitor"):
+            try:
+                self.monitors.append(self.plugins.call_one(plugin, "collie_monitor", run=run))
+            except Exception as error:
+                self._report(plugin.label, error)
 
     def finish(self) -> None:
         """The export in Hugging Face layout."""

@@ -191,8 +191,7 @@ def _open_model(trainer: Trainer, run: Run, plugins: RunPlugins) -> ModelProvide
     selected = select_provider(
         section.path, provider=section.provider, revision=section.revision, plugins=plugins, run=run
     )
-    run.model_path, run.hf_config, run.provider_name = selected.path, dict(selected.hf_config), selected.name
-    run.model_config = selected.config
+    run.source = selected
     run.tokenizer = trainer.tokenizer or selected.provider.tokenizer(selected.path)
     return selected.provider
 

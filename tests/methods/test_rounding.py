@@ -30,6 +30,11 @@ def oracle_round(value: float, noise_value: int) -> int:
     return ((bits + noise_value) & MASK) >> 16
 
 
+def noise_at(index: Tensor, seed: int, step: int, name: str) -> Tensor:
+    origin, key = noise_key(seed, step, name)
+    return noise((index + origin).to(torch.int32), torch.tensor(key, dtype=torch.int32))
+
+
 def rounded(value: Tensor, seed: int = 0, step: int = 1, name: str = "w") -> Tensor:
     target = torch.empty(value.shape, dtype=torch.bfloat16)
     round_to(target, value, seed=seed, step=step, name=name)
@@ -39,7 +44,7 @@ def rounded(value: Tensor, seed: int = 0, step: int = 1, name: str = "w") -> Ten
 def test_noise_equals_the_oracle_at_every_kind_of_index() -> None:
     indices = [0, 1, 2, 65_535, 2**31 - 1, 2**31, 2**32 - 1, 2**32 + 5]
     for seed, step, name in [(0, 1, "a"), (42, 1000, "model.blocks.3.q.weight"), (7, 2**40, "é")]:
-        found = noise(torch.tensor(indices).to(torch.int32), noise_key(seed, step, name))
+        found = noise_at(torch.tensor(indices), seed, step, name)
         assert found.tolist() == [oracle_noise(seed, step, name, index) for index in indices]
 
 
@@ -92,9 +97,9 @@ def test_the_mean_over_steps_is_the_value() -> None:
 
 def test_noise_is_uniform_and_unrelated_between_elements_steps_and_names() -> None:
     n = 1 << 16
-    index = torch.arange(n, dtype=torch.int32)
+    index = torch.arange(n)
     streams = {
-        key: noise(index, noise_key(*key)).double() / 65536 - 0.5
+        key: noise_at(index, *key).double() / 65536 - 0.5
         for key in [(0, 1, "a"), (0, 2, "a"), (0, 1, "b"), (1, 1, "a")]
     }
     first, *others = streams.values()

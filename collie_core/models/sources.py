@@ -1,0 +1,143 @@
+"""What a user may name as a model: a Hugging Face folder, a hub id, a run's folder or a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from collie_core.checkpoint.folder import is_checkpoint, open_checkpoint
+from collie_core.checkpoint.store import read_metadata, stream_tensors
+from collie_core.models.hub import resolve
+from collie_core.models.loading import Slots, load_weights
+from collie_core.models.weight_files import WeightReader
+from collie_core.models.weight_map import Ignore, Rename
+from collie_core.ops import select_ops
+
+if TYPE_CHECKING:
+    from collie_core.models.provider import SelectedProvider
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """folder: config.json and tokenizer.  checkpoint: the checkpoint with the weights, or None: in `folder`."""
+
+    folder: Path
+    checkpoint: Path | None = None
+
+
+class Reader(Protocol):
+    """What weights are loaded from: tensors by name, one at a time."""
+
+    folder: Path
+
+    def keys(self) -> list[str]: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def __contains__(self, name: object) -> bool: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def file(self, name: str) -> Path: ...
+    def get(self, name: str) -> Tensor: ...
+    def read_into(self, name: str, out: Tensor) -> None: ...
+
+
+class CheckpointReader:
+    """A checkpoint's tensors behind the interface of `WeightReader`; names are `model.<parameter>`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stored = read_metadata(folder).tensors
+
+    def keys(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._stored)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return tuple(self._stored[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype."""
+        return self._stored[name].torch_dtype
+
+    def file(self, name: str) -> Path:
+        """The checkpoint's folder: a tensor may lie in several of its files."""
+        return self.folder
+
+    def get(self, name: str) -> Tensor:
+        """The whole tensor on the CPU."""
+        [(_, tensor)] = stream_tensors(self.folder, [name])
+        return tensor
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Copy the tensor into `out`."""
+        out.copy_(self.get(name))
+
+
+def locate(path: str | Path, revision: str | None = None, weights: bool = True) -> ModelSource:
+    """The model that `path` names: of a run folder the export or, where that is newer, the last checkpoint.
+
+    Raises CheckpointError where there is none, or the checkpoint is damaged.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return ModelSource(resolve(path, revision, weights))
+    exported = folder / "model" / "config.json"
+    if is_checkpoint(folder):
+        checkpoint = open_checkpoint(folder).path
+        newer = not exported.is_file() or exported.stat().st_mtime < checkpoint.stat().st_mtime
+        return ModelSource(checkpoint / "model_files", checkpoint) if newer else ModelSource(exported.parent)
+    if exported.is_file() and not (folder / "config.json").is_file():
+        return ModelSource(exported.parent)
+    return ModelSource(folder)
+
+
+def load_selected(
+    model: nn.Module,
+    selected: SelectedProvider,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    initialise: Callable[[str, Tensor], None] | None = None,
+) -> None:
+    """Give `model` the weights of the source that was selected; see `load_weights`."""
+    if selected.checkpoint is None:
+        reader: Reader = WeightReader(selected.path)
+        rules = selected.provider.weight_map(selected.config)
+    else:
+        reader = CheckpointReader(selected.checkpoint)
+        rules = [Rename(f"model.{name}", name) for name in Slots(model).tensors]
+        rules += [Ignore("optimizer.*"), Ignore("layout.*")]
+    load_weights(model, rules, reader, device=device, dtype=dtype, initialise=initialise)
+
+
+def stream_parameters(
+    selected: SelectedProvider, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(parameter name, whole tensor on the CPU) of a source, without a model; cast to `dtype` if given."""
+    if selected.checkpoint is not None:
+        names = [name for name in read_metadata(selected.checkpoint).tensors if name.startswith("model.")]
+        found = ((name.removeprefix("model."), t) for name, t in stream_tensors(selected.checkpoint, names))
+    else:
+        reader = WeightReader(selected.path)
+        with torch.device("meta"):
+            slots = Slots(selected.provider.build(selected.config, select_ops()))
+        rules = [rule for rule in selected.provider.weight_map(selected.config) if rule.targets]
+        found = (
+            item
+            for rule in rules
+            if not slots.is_copy(rule)
+            for item in rule.load({name: reader.get(name) for name in rule.sources}).items()
+        )
+    for name, tensor in found:
+        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
