@@ -29,14 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
+        status = _run(arguments)
+        _flush_output()
+        return status
     except CollieError as error:
         return _report(str(error), error, error.exit_status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
     except Exception as error:
         return _report(_unexpected(error), error, 1)
@@ -58,6 +60,19 @@ def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"collie {name}", description=COMMANDS[name])
     command.add_arguments(parser)
     return int(command.run(_parse(parser, rest)))
+
+
+def _flush_output() -> None:
+    """Write what is buffered while its failure can still be told."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+        raise
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:

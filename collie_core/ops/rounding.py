@@ -5,6 +5,9 @@ Stochastic rounding goes up with a probability equal to the part that does not f
 exact (Gupta et al. 2015, arXiv 1502.02551).  The noise is counter-based: a pure function of seed, step,
 parameter name and the element's row-major index in the whole tensor.  So replicas and tied copies round
 alike, a shard rounds as the whole tensor does, and a resumed run goes on exactly.
+
+This is the reference in plain PyTorch, and what runs on a CPU; on CUDA the same is one Triton kernel
+(`rounding_triton`), since the reference reads and writes a weight about 20 times.
 """
 
 from __future__ import annotations
@@ -12,19 +15,36 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from collie_core.ops import rounding_triton
+
 Rule = Callable[..., Tensor]
 
-#: Elements that one thread works on at a time on the CPU, so that intermediate results stay in its cache.
-_CHUNK = 1 << 16
-#: The same for a GPU without compilation: bounds the temporary memory.
-_GPU_CHUNK = 1 << 25
+#: Elements that a thread of the CPU works on at a time, so that intermediate results stay in its cache.
+_CPU_CHUNK = 1 << 16
+#: The same for other devices: bounds the temporary memory.
+_DEVICE_CHUNK = 1 << 25
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Where the noise of one parameter at one step comes from, and where in it a shard lies.
+
+    step, name: of the optimizer step and of the parameter in the whole model, whatever the layout.
+    offset, global_shape: where the shard begins in the whole tensor, and its shape; None: it is the whole.
+    """
+
+    seed: int
+    step: int
+    name: str
+    offset: Sequence[int] | None = None
+    global_shape: Sequence[int] | None = None
 
 
 def round_to(
@@ -36,29 +56,17 @@ def round_to(
     name: str,
     offset: Sequence[int] | None = None,
     global_shape: Sequence[int] | None = None,
-    compiled: bool = False,
 ) -> None:
-    """Write fp32 `value` into `target` (the same shape) in place.
+    """Write fp32 `value` into `target` (the same shape) in place; the arguments are those of `Noise`.
 
     fp32 is copied, fp16 rounded to nearest, bf16 rounded stochastically.  A value that bf16 can hold is
     never changed; infinities stay, NaN stays NaN.
-
-    step, name: make the noise; the parameter's name is that of the whole model, whatever the layout.
-    offset, global_shape: where a shard begins in the whole tensor, and its shape (default: target is whole).
-    compiled: run one fused kernel made by torch.compile (worth it on CUDA); the result is the same.
     """
-    update_elements(
-        target,
-        _replace,
-        [value],
-        [],
-        seed=seed,
-        step=step,
-        name=name,
-        offset=offset,
-        global_shape=global_shape,
-        compiled=compiled,
-    )
+    source = Noise(seed, step, name, offset, global_shape)
+    if target.dtype == torch.bfloat16 and rounding_triton.serves(target, value):
+        rounding_triton.round_to(target, value, counters(target, source))
+    else:
+        update_elements(target, _replace, [value], [], source)
 
 
 def _replace(_old: Tensor, new: Tensor) -> Tensor:
@@ -66,99 +74,99 @@ def _replace(_old: Tensor, new: Tensor) -> Tensor:
 
 
 def update_elements(
-    target: Tensor,
-    rule: Rule,
-    tensors: Sequence[Tensor],
-    scalars: Sequence[Any],
-    *,
-    seed: int,
-    step: int,
-    name: str,
-    offset: Sequence[int] | None = None,
-    global_shape: Sequence[int] | None = None,
-    compiled: bool = False,
+    target: Tensor, rule: Rule, tensors: Sequence[Tensor], scalars: Sequence[Any], source: Noise
 ) -> None:
     """`target ← rule(target, *tensors, *scalars)`, each element by itself, rounded as in `round_to`.
 
-    rule: a module-level function without side effects; it is given `target` as fp32 and returns fp32.
-    tensors: of target's shape.  scalars: numbers, 0-d tensors or None.
-
-    It works on a piece at a time, or in one kernel, and so needs no temporary tensor of target's size.
+    rule is given `target` as fp32 and returns fp32; tensors have target's shape; scalars may be anything.
+    A piece at a time is worked on, so no temporary tensor has target's size.
     """
     if target.numel() == 0:
         return
-    origin, salt = noise_key(seed, step, name)
-    starts, length = _runs(target, offset, global_shape, origin)
-    key = torch.full((), salt, dtype=torch.int32, device=target.device)
+    stochastic = target.dtype == torch.bfloat16
+    length, rounded = _stochastic(target, source) if stochastic else (target.numel(), _unchanged)
     contiguous = target if target.is_contiguous() else target.contiguous()
     rows = contiguous.view(-1, length)
-    inputs = [tensor.reshape(-1, length) for tensor in tensors]
-    if compiled:
-        _compiled_elements()(rows, rule, inputs, list(scalars), starts, key)
-    else:
-        for runs, columns in _pieces(rows):
-            piece = [tensor[runs, columns] for tensor in inputs]
-            _elements(rows[runs, columns], rule, piece, list(scalars), starts[runs] + columns.start, key)
+    inputs = [tensor.reshape(rows.shape) for tensor in tensors]
+    for runs, columns in _pieces(rows):
+        value = rule(rows[runs, columns].float(), *[tensor[runs, columns] for tensor in inputs], *scalars)
+        rows[runs, columns] = rounded(value, runs, columns)
     if contiguous is not target:
         target.copy_(contiguous)
 
 
-def _elements(
-    target: Tensor,
-    rule: Rule,
-    tensors: list[Tensor],
-    scalars: list[Any],
-    starts: Tensor,
-    key: Tensor,
-) -> None:
-    """`update_elements` of rows (runs, length), the first elements of which have the counters `starts`."""
-    value = rule(target.float(), *tensors, *scalars)
-    if target.dtype == torch.bfloat16:
-        columns = torch.arange(target.shape[1], dtype=torch.int32, device=target.device)
-        counter = starts.to(torch.int32)[:, None] + columns  # modulo 2**32
-        value = stochastic_bfloat16(value, counter, key)
-    target.copy_(value)
+def _unchanged(value: Tensor, _runs: slice, _columns: slice) -> Tensor:
+    return value
 
 
-@cache
-def _compiled_elements() -> Callable[..., None]:
-    return torch.compile(_elements, dynamic=True)
+def _stochastic(target: Tensor, source: Noise) -> tuple[int, Callable[[Tensor, slice, slice], Tensor]]:
+    """(length of a run, the rounding of a piece of the runs)."""
+    place, device = counters(target, source), target.device
+    key = torch.full((), place.key, dtype=torch.int32, device=device)
+    starts = place.starts if place.starts is not None else torch.zeros(1, dtype=torch.int64, device=device)
+
+    def rounded(value: Tensor, runs: slice, columns: slice) -> Tensor:
+        first = (starts[runs, None] + (place.origin + columns.start)).to(torch.int32)  # modulo 2**32
+        counter = first + torch.arange(value.shape[1], dtype=torch.int32, device=device)
+        return stochastic_bfloat16(value, counter, key)
+
+    return place.length, rounded
 
 
 def _pieces(rows: Tensor) -> Iterator[tuple[slice, slice]]:
     """Slices of (runs, length) that cover it, each of about one chunk."""
     runs, length = rows.shape
-    chunk = _CHUNK * torch.get_num_threads() if rows.device.type == "cpu" else _GPU_CHUNK
+    chunk = _CPU_CHUNK * torch.get_num_threads() if rows.device.type == "cpu" else _DEVICE_CHUNK
     height = max(1, chunk // length)
     for top in range(0, runs, height):
         for left in range(0, length, chunk):
-            yield slice(top, top + height), slice(left, min(left + chunk, length))
+            yield slice(top, top + height), slice(left, left + chunk)
 
 
-def _runs(
-    target: Tensor, offset: Sequence[int] | None, global_shape: Sequence[int] | None, origin: int
-) -> tuple[Tensor, int]:
-    """(starts, length): target is a sequence of runs of `length` elements with consecutive global indices;
-    starts (int64, one a run) is the index of the first, plus origin."""
+@dataclass(frozen=True)
+class Counters:
+    """The counters of a shard's elements in the order of its memory, and the key they are hashed with.
+
+    The shard is a sequence of runs of `length` elements that lie side by side in the whole tensor too;
+    element j of run i has the counter origin + starts[i] + j modulo 2**32.
+    starts: int64 (runs,), or None for a single run that starts at 0.
+    """
+
+    origin: int
+    key: int
+    length: int
+    starts: Tensor | None
+
+
+def counters(target: Tensor, source: Noise) -> Counters:
+    """Raises ValueError where the shard is no part of the whole tensor."""
     shape = list(target.shape)
-    whole = list(global_shape) if global_shape is not None else shape
-    first = list(offset) if offset is not None else [0] * len(shape)
-    if not len(shape) == len(whole) == len(first) or any(
-        o < 0 or o + s > w for s, o, w in zip(shape, first, whole, strict=True)
+    whole = list(source.global_shape) if source.global_shape is not None else shape
+    offset = list(source.offset) if source.offset is not None else [0] * len(shape)
+    if not len(shape) == len(whole) == len(offset) or any(
+        o < 0 or o + s > w for s, o, w in zip(shape, offset, whole, strict=True)
     ):
-        raise ValueError(f"a shard {shape} at {first} is no part of a tensor {whole}")
-    inner = len(shape)  # the dimensions from here on lie side by side in the whole tensor too
+        raise ValueError(f"a shard {shape} at {offset} is no part of a tensor {whole}")
+    inner = len(shape)  # the dimensions from here on make a run
     while inner > 0:
         inner -= 1
         if shape[inner] != whole[inner]:
             break
     strides = [prod(whole[dim + 1 :]) for dim in range(len(whole))]
-    base = origin + sum(begin * stride for begin, stride in zip(first, strides, strict=True))
-    starts = torch.full((1,), base, dtype=torch.int64, device=target.device)
-    for size, stride in zip(shape[:inner], strides, strict=False):
-        places = torch.arange(size, device=target.device) * stride
-        starts = (starts[:, None] + places).flatten()
-    return starts, prod(shape[inner:])
+    origin, key = noise_key(source.seed, source.step, source.name)
+    origin += sum(begin * stride for begin, stride in zip(offset, strides, strict=True))
+    starts = None
+    if inner > 0:
+        starts = torch.zeros(1, dtype=torch.int64, device=target.device)
+        for size, stride in zip(shape[:inner], strides, strict=False):
+            places = torch.arange(size, device=target.device) * stride
+            starts = (starts[:, None] + places).flatten()
+    return Counters(signed(origin), key, prod(shape[inner:]), starts)
+
+
+def signed(number: int) -> int:
+    """The signed 32-bit integer that equals number modulo 2**32."""
+    return (number + 2**31) % 2**32 - 2**31
 
 
 def noise_key(seed: int, step: int, name: str) -> tuple[int, int]:
@@ -176,7 +184,7 @@ def noise(counter: Tensor, key: Tensor) -> Tensor:
     int32) being mixed in half-way.  int32 arithmetic wraps around on every device.
     """
     x = (counter ^ _shift(counter, 16)) * 0x21F0AAAD
-    x = (x ^ _shift(x, 15) ^ key) * (0xD35A2D97 - 2**32)
+    x = (x ^ _shift(x, 15) ^ key) * signed(0xD35A2D97)
     return (x ^ (x >> 15)) & 0xFFFF
 
 

@@ -99,14 +99,8 @@ class ShadowedOptimizer:
         shadow.data = parameter.detach().float()
         shadow.grad = parameter.grad.float()
         part.optimizer.step()
-        round_to(
-            parameter.detach(),
-            shadow.detach(),
-            seed=self.run.seed,
-            step=self.run.step + 1,
-            name=name,
-            compiled=self.run.device.type == "cuda" and bool(self.run.resolved.get("compile")),
-        )
+        target, value = parameter.detach(), shadow.detach()
+        round_to(target, value, seed=self.run.seed, step=self.run.step + 1, name=name)
         _empty(shadow)
 
     def state_dict(self) -> dict[str, Tensor]:

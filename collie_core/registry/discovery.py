@@ -112,9 +112,9 @@ class _Facts:
 
 
 def _facts(dist: metadata.Distribution | None) -> _Facts:
-    if dist is None:
-        return _Facts("?", "?", "", "")
-    meta = dist.metadata
+    meta = None if dist is None else dist.metadata
+    if dist is None or meta is None or not meta["Name"] or not meta["Version"]:
+        return _Facts("unknown", "?", "", "the metadata of its distribution is damaged")
     return _Facts(meta["Name"], meta["Version"], meta["Summary"] or "", _core_problem(dist.requires or []))
 
 
@@ -123,9 +123,12 @@ def _core_problem(requirements: list[str]) -> str:
     for text in requirements:
         if not re.match(r"collie[-_.]core\b", text, re.IGNORECASE):
             continue
-        from packaging.requirements import Requirement  # 10 ms: after the scan has found a plugin
+        from packaging.requirements import InvalidRequirement, Requirement  # 10 ms, if there is a plugin
 
-        requirement = Requirement(text)
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            return f"its requirement {text!r} cannot be read"
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         if not requirement.specifier.contains(__version__, prereleases=True):

@@ -77,7 +77,7 @@ class Registry:
         """
         info = self.find(kind, name)
         if info.status == "broken":
-            cure = f"install versions that fit: pip install --upgrade {info.distribution} collie-core"
+            cure = "install versions of both that fit together, or remove it"
             raise PluginError(_cannot_be_used(info, info.problem, cure))
         start = time.perf_counter()
         cls = _import(info)

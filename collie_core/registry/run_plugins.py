@@ -219,5 +219,5 @@ def _origin_noted(plugin: SelectedPlugin) -> Iterator[None]:
 def _file(instance: object) -> str:
     try:
         return inspect.getfile(type(instance))
-    except TypeError:  # a class made in an interactive session
+    except (TypeError, OSError):  # a class made in an interactive session
         return ""

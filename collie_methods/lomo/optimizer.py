@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from collie_core.ops.rounding import Rule, update_elements
+from collie_core.ops.rounding import Noise
+from collie_core.optimizers.descent import descend
 from collie_core.optimizers.gradients import scaled_gradient
 from collie_core.optimizers.state import load_state
 from collie_core.run import ParameterGroup
 from collie_methods.lomo import rules
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from collie_core.data.batch import StepBatch
 
 
@@ -28,7 +26,6 @@ class FusedOptimizer:
     two_pass: steps of one micro-batch have a pass for the gradient norm of their own.
     clip_grad_value: each element of the true gradient is clamped to ± this.
     seed: of the rounding noise of bf16 parameters.
-    compiled: each update is one kernel made by torch.compile.
     """
 
     in_backward = True
@@ -40,10 +37,9 @@ class FusedOptimizer:
         two_pass: bool = False,
         clip_grad_value: float | None = None,
         seed: int = 0,
-        compiled: bool = False,
     ) -> None:
         self.two_pass, self.clip_grad_value = two_pass, clip_grad_value
-        self.seed, self.compiled = seed, compiled
+        self.seed = seed
         self.group_of = {name: group for group in groups for name in group.parameters}
         self.step_number = 0
         self.lr, self.loss_scale = 0.0, 1.0
@@ -76,20 +72,8 @@ class FusedOptimizer:
         """Inverse of state_dict.  Raises CheckpointError where the state does not fit."""
         load_state(self.state_dict(), state)
 
-    def _write(
-        self, name: str, parameter: nn.Parameter, rule: Rule, update: Tensor, scalars: Iterable[object]
-    ) -> None:
-        """`parameter ← rule(parameter, update, *scalars)`, rounded to its dtype."""
-        update_elements(
-            parameter.detach(),
-            rule,
-            [update],
-            list(scalars),
-            seed=self.seed,
-            step=self.step_number,
-            name=name,
-            compiled=self.compiled,
-        )
+    def _noise(self, name: str) -> Noise:
+        return Noise(self.seed, self.step_number, name)
 
 
 class LomoOptimizer(FusedOptimizer):
@@ -99,8 +83,18 @@ class LomoOptimizer(FusedOptimizer):
     def update(self, name: str, parameter: nn.Parameter, gradient: Tensor, finite: Tensor) -> None:
         """One parameter's step; see `collie_core.hookspecs.Optimizer`."""
         group = self.group_of[name]
-        settings = (self.lr * group.lr_scale, group.weight_decay, self.loss_scale, self.grad_scale)
-        self._write(name, parameter, rules.lomo_rule, gradient, (finite, *settings, self.clip_grad_value))
+        lr = self.lr * group.lr_scale
+        descend(
+            parameter.detach(),
+            gradient,
+            self._noise(name),
+            finite=finite,
+            rate=lr,
+            decay=lr * group.weight_decay,
+            loss_scale=self.loss_scale,
+            clip_value=self.clip_grad_value,
+            grad_scale=self.grad_scale,
+        )
 
 
 class AdaLomoOptimizer(FusedOptimizer):
@@ -117,11 +111,8 @@ class AdaLomoOptimizer(FusedOptimizer):
         two_pass: bool = False,
         clip_grad_value: float | None = None,
         seed: int = 0,
-        compiled: bool = False,
     ) -> None:
-        super().__init__(
-            groups, two_pass=two_pass, clip_grad_value=clip_grad_value, seed=seed, compiled=compiled
-        )
+        super().__init__(groups, two_pass=two_pass, clip_grad_value=clip_grad_value, seed=seed)
         self.state = {
             name: _new_state(parameter) for group in groups for name, parameter in group.parameters.items()
         }
@@ -131,12 +122,12 @@ class AdaLomoOptimizer(FusedOptimizer):
         """One parameter's step; see `collie_core.hookspecs.Optimizer`."""
         if parameter.numel() == 0:
             return
-        group, state = self.group_of[name], self.state[name]
+        group, state, parameter = self.group_of[name], self.state[name], parameter.detach()
         gradient = scaled_gradient(gradient, self.loss_scale, self.grad_scale, self.clip_grad_value)
-        rule = _compiled(_rule_of(parameter)) if self.compiled else _rule_of(parameter)
+        rule = rules.matrix_update if parameter.ndim >= 2 else rules.vector_update
         update = rule(gradient, **state, finite=finite)
-        rate = rules.adalomo_rate(parameter, self.lr * group.lr_scale)
-        self._write(name, parameter, rules.adalomo_rule, update, (finite, rate, group.weight_decay))
+        rate, decay = rules.rates(parameter, update, self.lr * group.lr_scale, group.weight_decay)
+        descend(parameter, update, self._noise(name), finite=finite, rate=rate, decay=decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """`<name>.<state>`: the live tensors."""
@@ -151,12 +142,3 @@ def _new_state(parameter: nn.Parameter) -> dict[str, Tensor]:
         return {"v": zeros(*parameter.shape), "t": zeros()}
     *batch, rows, columns = parameter.shape
     return {"row": zeros(*batch, rows), "col": zeros(*batch, columns), "t": zeros()}
-
-
-def _rule_of(parameter: nn.Parameter) -> Callable[..., Tensor]:
-    return rules.matrix_update if parameter.ndim >= 2 else rules.vector_update
-
-
-@cache
-def _compiled(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(rule, dynamic=True)

@@ -72,5 +72,4 @@ def _arguments(
         "two_pass": layout.needs_norm and options.clip_mode != "keep",
         "clip_grad_value": run.config.optimizer.clip_grad_value,
         "seed": run.seed,
-        "compiled": run.device.type == "cuda" and bool(run.resolved.get("compile")),
     }

@@ -94,8 +94,7 @@ class Lomo(_FusedLoop):
 
     lr: learning rate.  clip_grad_norm: limit of the gradient norm over all parameters; costs a second
     backward pass.  clip_grad_value: limit of each element of the gradient.  weight_decay: of every parameter.
-    seed: of the rounding noise of bf16 parameters.  compiled: each update is one kernel of torch.compile
-    (worth it on CUDA).
+    seed: of the rounding noise of bf16 parameters.
     """
 
     def __init__(
@@ -106,10 +105,9 @@ class Lomo(_FusedLoop):
         clip_grad_value: float | None = None,
         weight_decay: float = 0.0,
         seed: int = 0,
-        compiled: bool = False,
     ) -> None:
         group = _all_parameters(model, weight_decay)
-        optimizer = LomoOptimizer([group], clip_grad_value=clip_grad_value, seed=seed, compiled=compiled)
+        optimizer = LomoOptimizer([group], clip_grad_value=clip_grad_value, seed=seed)
         super().__init__(optimizer, group, lr, clip_grad_norm)
 
 
@@ -127,10 +125,9 @@ class AdaLomo(_FusedLoop):
         clip_grad_value: float | None = None,
         weight_decay: float = 0.0,
         seed: int = 0,
-        compiled: bool = False,
     ) -> None:
         group = _all_parameters(model, weight_decay)
-        optimizer = AdaLomoOptimizer([group], clip_grad_value=clip_grad_value, seed=seed, compiled=compiled)
+        optimizer = AdaLomoOptimizer([group], clip_grad_value=clip_grad_value, seed=seed)
         super().__init__(optimizer, group, lr, clip_grad_norm)
 
 

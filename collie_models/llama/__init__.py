@@ -15,7 +15,7 @@ __all__ = ["Llama", "LlamaForCausalLM"]
 
 
 class Llama:
-    """The plugin; importing it imports no torch."""
+    """LLaMA 1, 2 and 3, and OpenLLaMA."""
 
     collie_api = 1
 

@@ -19,7 +19,7 @@ PREFIX = "events.out.tfevents."
 
 
 class TensorBoard:
-    """Figures as scalars, texts as texts, the resolved config as the text `config`."""
+    """TensorBoard: figures as scalars, texts as texts, the resolved config as the text `config`."""
 
     collie_api = 1
 

@@ -24,7 +24,7 @@ PERPLEXITY, BEST_PERPLEXITY = "perplexity/perplexity", "perplexity/best"
 
 
 class WandB:
-    """Figures, texts, config and summary of a run; W&B's step is the training step."""
+    """Weights & Biases: figures, texts, config and summary of a run."""
 
     collie_api = 1
 

@@ -78,7 +78,8 @@ def test_each_has_its_own_default_rate() -> None:
 
 
 def test_importing_the_plugins_imports_no_torch() -> None:
-    code = "import sys, collie_methods.lomo, collie_core.optimizers.torch_optimizers; print('torch' in sys.modules)"
+    modules = "collie_methods.lomo, collie_core.optimizers.torch_optimizers"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
 

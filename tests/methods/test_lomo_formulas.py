@@ -155,9 +155,7 @@ def test_bfloat16_moves_on_average_as_fp32(kind: type[FusedOptimizer]) -> None:
     low = nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
     exact = nn.Parameter(torch.ones(shape))
     generator = torch.Generator().manual_seed(0)
-    gradients = [
-        (1 + 0.5 * torch.randn(shape, generator=generator)).bfloat16().float() for _ in range(300)
-    ]
+    gradients = [(1 + 0.5 * torch.randn(shape, generator=generator)).bfloat16().float() for _ in range(300)]
     take_steps(made(kind, {"w": low}), low, [g.bfloat16() for g in gradients], lr)
     take_steps(made(kind, {"w": exact}), exact, gradients, lr)
     moved = float(exact.detach().mean()) - 1
@@ -180,7 +178,10 @@ def test_a_step_that_is_not_finite_changes_no_bit(
     straight = made(kind, {"w": clean}, weight_decay=0.1)
 
     def bits() -> list[Tensor]:
-        return [t.detach().clone().view(-1).view(torch.uint8) for t in [parameter, *optimizer.state_dict().values()]]
+        return [
+            t.detach().clone().view(-1).view(torch.uint8)
+            for t in [parameter, *optimizer.state_dict().values()]
+        ]
 
     for number, gradient in enumerate(gradients[:4], start=1):
         optimizer.step_number = straight.step_number = number

@@ -32,9 +32,9 @@ def model() -> Any:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=256,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=6,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=12,
             num_attention_heads=4,
             num_key_value_heads=2,
         )

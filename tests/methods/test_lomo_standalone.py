@@ -112,7 +112,9 @@ def test_a_step_that_is_not_finite_is_skipped(tiny_llama: Path, kind: Any, clip:
     optimizer = kind(model, clip_grad_norm=clip)
     first, second = batches(2)
     optimizer.fused_backward(loss_of(model, first))
-    before = {name: tensor.clone() for name, tensor in {**model.state_dict(), **optimizer.state_dict()}.items()}
+    before = {
+        name: tensor.clone() for name, tensor in {**model.state_dict(), **optimizer.state_dict()}.items()
+    }
     optimizer.fused_backward(loss_of(model, second) * float("nan"))
     after = {**model.state_dict(), **optimizer.state_dict()}
     changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from collie_core.ops.rounding import noise, noise_key, round_to, update_elements
+from collie_core.ops.rounding import Noise, noise, noise_key, round_to, update_elements
 
 MASK = 0xFFFFFFFF
 
@@ -52,9 +52,7 @@ def test_rounding_equals_the_oracle_bit_for_bit() -> None:
     torch.manual_seed(0)
     value = torch.cat([torch.randn(500), torch.randn(500) * 1e-39, torch.randn(500) * 1e38])
     found = rounded(value, 3, 5, "x").view(torch.int16).tolist()
-    expected = [
-        oracle_round(v, oracle_noise(3, 5, "x", index)) for index, v in enumerate(value.tolist())
-    ]
+    expected = [oracle_round(v, oracle_noise(3, 5, "x", index)) for index, v in enumerate(value.tolist())]
     assert [bits & 0xFFFF for bits in found] == expected
 
 
@@ -138,9 +136,7 @@ def test_shards_round_as_the_whole(
 
 def test_a_part_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="no part of a tensor"):
-        round_to(
-            torch.empty(4), torch.empty(4), seed=0, step=1, name="w", offset=(8,), global_shape=(10,)
-        )
+        round_to(torch.empty(4), torch.empty(4), seed=0, step=1, name="w", offset=(8,), global_shape=(10,))
 
 
 def test_strided_targets() -> None:
@@ -165,7 +161,7 @@ def minus_scaled(old: Tensor, change: Tensor, factor: float) -> Tensor:
 def test_a_rule_sees_the_old_value_in_fp32() -> None:
     start, change = torch.randn(300).bfloat16(), torch.randn(300)
     target = start.clone()
-    update_elements(target, minus_scaled, [change], [0.01], seed=0, step=1, name="w")
+    update_elements(target, minus_scaled, [change], [0.01], Noise(0, 1, "w"))
     assert torch.equal(target, rounded(start.float() - 0.01 * change))
 
 

@@ -145,8 +145,20 @@ def test_a_core_that_the_plugin_does_not_admit_is_told_from_metadata(install: In
     assert "needs collie-core<0.1, but collie-core 0.1.0 is installed" in message
     assert (
         f"{distribution} 2.5 (entry point acme = " in message
-        and f"pip install --upgrade {distribution}" in message
+        and "fit together" in message
     )
+
+
+def test_damaged_metadata_disturbs_no_other_plugin(install: Install, site: Path) -> None:
+    install(MONITOR, name="unreadable", requires=["collie-core ~ 0.1"])
+    (site / "leftover-1.0.dist-info").mkdir()
+    (site / "leftover-1.0.dist-info" / "entry_points.txt").write_text("[collie.monitors]\nleft = gone:Gone\n")
+    registry = Registry()
+    assert registry.load("monitor", "console").info.status == "found"
+    with pytest.raises(PluginError, match="the metadata of its distribution is damaged"):
+        registry.load("monitor", "left")
+    with pytest.raises(PluginError, match="its requirement 'collie-core ~ 0.1' cannot be read"):
+        registry.load("monitor", "unreadable")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+# The Triton source alone, imported where Triton is used: no `from __future__ import annotations`, since
+# Triton reads the annotations of its functions.
+"""Triton kernels of `rounding_triton`; they compute what `rounding` and `descent` say in PyTorch."""
+
+import triton
+import triton.language as tl
+
+_SCALARS = ["numel", "length", "origin", "key"]
+
+
+@triton.jit
+def _stochastic_bfloat16(value, counter, key):
+    x = counter.to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15) ^ key.to(tl.uint32)) * 0xD35A2D97
+    bits = value.to(tl.uint32, bitcast=True) + ((x ^ (x >> 15)) & 0xFFFF)
+    bits = tl.where(value != value, 0x7FC00000, bits)
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _counter(index, starts, length, origin, inside):
+    if starts is not None:
+        index = tl.load(starts + index // length, inside) + index % length
+    return index + origin
+
+
+@triton.jit
+def _number(number, pointer):
+    if pointer is not None:
+        number = tl.load(pointer).to(tl.float32)
+    return number
+
+
+@triton.jit(do_not_specialize=_SCALARS)
+def round_to(target, value, starts, numel, length, origin, key, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < numel
+    new = tl.load(value + index, inside).to(tl.float32)
+    new = _stochastic_bfloat16(new, _counter(index, starts, length, origin, inside), key)
+    tl.store(target + index, new, inside)
+
+
+@triton.jit(do_not_specialize=_SCALARS)
+def descend(
+    target,
+    direction,
+    finite,
+    rate,
+    rate_pointer,
+    decay,
+    decay_pointer,
+    grad_scale,
+    grad_scale_pointer,
+    loss_scale,
+    clip_value,
+    starts,
+    numel,
+    length,
+    origin,
+    key,
+    STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if tl.load(finite):
+        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = index < numel
+        old = tl.load(target + index, inside).to(tl.float32)
+        change = tl.load(direction + index, inside).to(tl.float32) / loss_scale
+        if clip_value is not None:
+            change = tl.minimum(tl.maximum(change, -clip_value), clip_value)
+        change *= _number(grad_scale, grad_scale_pointer)
+        new = old * (1.0 - _number(decay, decay_pointer)) - _number(rate, rate_pointer) * change
+        if STOCHASTIC:
+            counter = _counter(index, starts, length, origin, inside)
+            tl.store(target + index, _stochastic_bfloat16(new, counter, key), inside)
+        else:
+            tl.store(target + index, new.to(target.dtype.element_ty), inside)

@@ -1,0 +1,66 @@
+"""The last line of an update, fused: scale, clip, decay, descend, select and round, in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from collie_core.ops import rounding_triton
+from collie_core.ops.rounding import Noise, counters, update_elements
+from collie_core.optimizers.gradients import scaled_gradient
+
+
+def descend(
+    target: Tensor,
+    direction: Tensor,
+    source: Noise,
+    *,
+    finite: Tensor,
+    rate: float | Tensor,
+    decay: float | Tensor = 0.0,
+    loss_scale: float = 1.0,
+    clip_value: float | None = None,
+    grad_scale: float | Tensor = 1.0,
+) -> None:
+    """`p ← p (1 - decay) - rate * g` with `g = clamp(direction / loss_scale, ±clip_value) * grad_scale`.
+
+    target: p, of any dtype; the arithmetic is fp32, and the result is rounded as by `rounding.round_to`, with
+    the noise of `source`.  direction: of p's shape, any dtype; left as it is.
+    finite: 0-d bool on p's device; where false no bit of p changes, whatever the other values.
+    rate, decay, grad_scale: numbers or 0-d tensors on p's device.
+    """
+    if rounding_triton.serves(target, direction, finite):
+        place = counters(target, source)
+        rounding_triton.descend(
+            target, direction, finite, rate, decay, loss_scale, clip_value, grad_scale, place
+        )
+    else:
+        scalars = (finite, rate, decay, loss_scale, grad_scale, clip_value)
+        update_elements(target, _descended, [direction], scalars, source)
+
+
+def _descended(
+    p: Tensor,
+    direction: Tensor,
+    finite: Tensor,
+    rate: float | Tensor,
+    decay: float | Tensor,
+    loss_scale: float,
+    grad_scale: float | Tensor,
+    clip_value: float | None,
+) -> Tensor:
+    g = _zero_unless(finite, scaled_gradient(direction, loss_scale, grad_scale, clip_value))
+    if isinstance(decay, Tensor) or decay:
+        p = p * torch.where(finite, 1.0 - decay, 1.0)
+    if isinstance(rate, Tensor):
+        return torch.addcmul(p, g, torch.where(finite, rate, 0.0), value=-1.0)
+    return torch.add(p, g, alpha=-rate)
+
+
+def _zero_unless(finite: Tensor, tensor: Tensor) -> Tensor:
+    """fp32 `tensor`, or 0 everywhere where `finite` is false.
+
+    By its bits, since 0 * NaN is NaN, and torch.where takes 5 times as long on a CPU (15 against 3 us for
+    32,768 elements).
+    """
+    return (tensor.view(torch.int32) & -finite.to(torch.int32)).view(torch.float32)
