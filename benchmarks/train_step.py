@@ -204,7 +204,7 @@ def run(args: argparse.Namespace, folder: Path) -> list[Contestant]:
 class Ids:
     """Stands for a tokenizer where records are tokens already."""
 
-    pad_token_id, eos_token_id, chat_template = 0, 2, None
+    pad_token_id, eos_token_id, chat_template, all_special_ids = 0, 2, None, (0, 2)
 
     def __init__(self, size: int) -> None:
         self.size = size

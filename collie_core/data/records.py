@@ -141,8 +141,9 @@ def _tokens(record: Mapping[str, Any], key: str, vocabulary: int) -> Tokens:
         raise BadRecord(f'"{key}" holds a negative token', f": {ids.min()}")
     if ((labels < 0) & (labels != IGNORED)).any():
         raise BadRecord(f'"labels" holds a negative label that is not {IGNORED}')
-    if max(ids.max(initial=0), labels.max(initial=0)) >= vocabulary:
-        raise BadRecord("holds a token that the tokenizer does not have", f", which has {vocabulary}")
+    largest = int(max(ids.max(initial=0), labels.max(initial=0)))
+    if largest >= vocabulary:
+        raise BadRecord("holds a token that the tokenizer does not have", f": {largest}; it has {vocabulary}")
     return Tokens(ids, labels)
 
 

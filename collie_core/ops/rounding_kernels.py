@@ -1,6 +1,8 @@
-# The Triton source alone, imported where Triton is used: no `from __future__ import annotations`, since
-# Triton reads the annotations of its functions.
-"""Triton kernels of `rounding_triton`; they compute what `rounding` and `descent` say in PyTorch."""
+# mypy: ignore-errors
+"""Triton kernels of `rounding_triton`; they compute what `rounding` and `descent` say in PyTorch.
+
+Imported only where Triton is used, which reads the functions' source and annotations: so no types here.
+"""
 
 import triton
 import triton.language as tl

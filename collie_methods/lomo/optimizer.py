@@ -122,12 +122,12 @@ class AdaLomoOptimizer(FusedOptimizer):
         """One parameter's step; see `collie_core.hookspecs.Optimizer`."""
         if parameter.numel() == 0:
             return
-        group, state, parameter = self.group_of[name], self.state[name], parameter.detach()
+        group, state, weight = self.group_of[name], self.state[name], parameter.detach()
         gradient = scaled_gradient(gradient, self.loss_scale, self.grad_scale, self.clip_grad_value)
-        rule = rules.matrix_update if parameter.ndim >= 2 else rules.vector_update
+        rule = rules.matrix_update if weight.ndim >= 2 else rules.vector_update
         update = rule(gradient, **state, finite=finite)
-        rate, decay = rules.rates(parameter, update, self.lr * group.lr_scale, group.weight_decay)
-        descend(parameter, update, self._noise(name), finite=finite, rate=rate, decay=decay)
+        rate, decay = rules.rates(weight, update, self.lr * group.lr_scale, group.weight_decay)
+        descend(weight, update, self._noise(name), finite=finite, rate=rate, decay=decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """`<name>.<state>`: the live tensors."""

@@ -37,9 +37,7 @@ def vector_update(gradient: Tensor, v: Tensor, t: Tensor, finite: Tensor) -> Ten
     return gradient * v.rsqrt()
 
 
-def rates(
-    parameter: Tensor, update: Tensor, lr: float, weight_decay: float
-) -> tuple[Tensor, Tensor | float]:
+def rates(parameter: Tensor, update: Tensor, lr: float, weight_decay: float) -> tuple[Tensor, Tensor | float]:
     """(rate, decay), 0-d, of `p ← p (1 - decay) - rate U`: decay = a wd and rate = a / max(1, RMS(U)), the
     normalisation of U, with a = lr max(1e-3, RMS(p))."""
     a = lr * root_mean_square(parameter).clamp(min=EPS_PARAMETER)

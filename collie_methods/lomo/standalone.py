@@ -1,9 +1,10 @@
-"""LOMO and AdaLomo in a plain PyTorch loop, with no trainer:
+"""LOMO and AdaLomo in a plain PyTorch loop, with no trainer.
 
-optimizer = Lomo(model, lr=1e-2, clip_grad_norm=1.0)
-for batch in batches:
-    loss = model(**batch).loss
-    optimizer.fused_backward(loss)          # instead of loss.backward(), step() and zero_grad()
+Instead of `loss.backward()`, `optimizer.step()` and `optimizer.zero_grad()`:
+
+    optimizer = Lomo(model, lr=1e-2, clip_grad_norm=1.0)
+    for batch in batches:
+        optimizer.fused_backward(model(**batch).loss)
 """
 
 from __future__ import annotations

@@ -22,6 +22,9 @@ CONFIG: dict[str, Any] = {
     "depth": 2,
     "heads": 4,
     "max_positions": 96,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 COLOURS = ("red", "green", "blue", "black", "white", "yellow")
 THINGS = ("house", "tree", "river", "stone", "bird", "cloud", "door", "lamp")

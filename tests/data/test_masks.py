@@ -112,7 +112,7 @@ def test_alpaca(record: dict[str, Any], context: str, tokenise: Any, bpe: Any) -
         ({"tokens": [4, 5], "labels": [4]}, '"tokens" and "labels" differ in length: 2 and 1'),
         ({"tokens": [4, -5]}, "negative token: -5"),
         ({"tokens": [4, 5], "labels": [4, -1]}, "negative label that is not -100"),
-        ({"tokens": [4, 100_000]}, "a token that the tokenizer does not have, which has"),
+        ({"tokens": [4, 100_000]}, "a token that the tokenizer does not have: "),
         ({"tokens": [4, 2**40]}, "beyond 32 bits"),
         ({"tokens": [4.5, 5.0]}, "no list of integers"),
         ({"tokens": [[4], [5, 6]]}, "no list of integers"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from collie_core.ops.rounding import Noise, noise, noise_key, round_to, update_elements
+from collie_core.optimizers.descent import descend
 
 MASK = 0xFFFFFFFF
 
@@ -136,7 +137,8 @@ def test_shards_round_as_the_whole(
 
 def test_a_part_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="no part of a tensor"):
-        round_to(torch.empty(4), torch.empty(4), seed=0, step=1, name="w", offset=(8,), global_shape=(10,))
+        target = torch.empty(4, dtype=torch.bfloat16)
+        round_to(target, torch.empty(4), seed=0, step=1, name="w", offset=(8,), global_shape=(10,))
 
 
 def test_strided_targets() -> None:
@@ -163,6 +165,22 @@ def test_a_rule_sees_the_old_value_in_fp32() -> None:
     target = start.clone()
     update_elements(target, minus_scaled, [change], [0.01], Noise(0, 1, "w"))
     assert torch.equal(target, rounded(start.float() - 0.01 * change))
+
+
+def test_the_shards_of_an_update_are_the_whole_update() -> None:
+    start, direction = torch.randn(9, 14).bfloat16(), torch.randn(9, 14).bfloat16()
+    finite, rate = torch.tensor(True), torch.tensor(0.01)
+
+    def descended(part: tuple[slice, slice], offset: tuple[int, int]) -> Tensor:
+        target = start[part].clone()
+        source = Noise(1, 2, "w", offset, (9, 14))
+        descend(target, direction[part], source, finite=finite, rate=rate, decay=0.1, clip_value=0.5)
+        return target
+
+    whole = descended((slice(None), slice(None)), (0, 0))
+    assert torch.equal(descended((slice(2, 5), slice(None)), (2, 0)), whole[2:5])
+    assert torch.equal(descended((slice(None), slice(9, 14)), (0, 9)), whole[:, 9:])
+    assert torch.equal(descended((slice(4, 9), slice(0, 3)), (4, 0)), whole[4:, :3])
 
 
 def test_small_updates_are_not_lost() -> None:

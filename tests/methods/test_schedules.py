@@ -29,7 +29,7 @@ def theirs(total: int, make: Callable[..., Any], **options: Any) -> list[float]:
 def test_equal_to_transformers_where_they_coincide(warmup: int) -> None:
     """Theirs counts from 0: in the warm-up our step s has their factor at s, after it that at s - 1."""
     total = 50
-    cases = [
+    cases: list[tuple[dict[str, Any], list[float]]] = [
         (
             {"name": "linear"},
             theirs(
@@ -95,5 +95,5 @@ def test_warmup_ratio_is_rounded_up() -> None:
 
 def test_past_the_end_the_minimum_stays() -> None:
     for name in ("linear", "cosine", "wsd"):
-        section = ScheduleSection(name=name, min_ratio=0.25)  # type: ignore[arg-type]
+        section = ScheduleSection(name=name, min_ratio=0.25)
         assert learning_rate_factor(section, 1000, 10) == pytest.approx(0.25)

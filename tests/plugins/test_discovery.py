@@ -143,10 +143,7 @@ def test_a_core_that_the_plugin_does_not_admit_is_told_from_metadata(install: In
         Registry().load("monitor", "acme")
     message = str(caught.value)
     assert "needs collie-core<0.1, but collie-core 0.1.0 is installed" in message
-    assert (
-        f"{distribution} 2.5 (entry point acme = " in message
-        and "fit together" in message
-    )
+    assert f"{distribution} 2.5 (entry point acme = " in message and "fit together" in message
 
 
 def test_damaged_metadata_disturbs_no_other_plugin(install: Install, site: Path) -> None:

@@ -1,0 +1,206 @@
+"""Fast tokenizers, with character offsets, from a sentencepiece BPE model (`tokenizer.model`).
+
+transformers' own conversions differ from sentencepiece where a text begins with a space, has runs of
+spaces, or follows a special token; these give the ids of the original (slow) tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from collie_core.plugin import CheckpointError
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+_SPACE = "▁"
+_BPE, _USER_DEFINED, _NORMAL = 2, 4, 1  # of sentencepiece's ModelProto
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def read_sentencepiece(path: Path) -> Any:
+    """The ModelProto in a file.  Raises CheckpointError for a file that is none, or is no BPE model."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except (DecodeError, OSError) as error:
+        raise CheckpointError(f"{path}: is no sentencepiece model: {error}") from None
+    if not proto.pieces or proto.trainer_spec.model_type != _BPE:
+        raise CheckpointError(f"{path}: is no sentencepiece model of type BPE")
+    return proto
+
+
+def backend_tokenizer(proto: Any, legacy: bool = True) -> Tokenizer:
+    """A `tokenizers.Tokenizer` with the ids of the sentencepiece model.
+
+    legacy: every piece of text between special tokens gets the dummy prefix; else only the first does.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    spec = proto.normalizer_spec
+    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    bpe = models.BPE(
+        vocab=vocab,
+        merges=_merges(proto, vocab),
+        unk_token=proto.trainer_spec.unk_piece or "<unk>",
+        fuse_unk=True,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+    )
+    tokenizer = Tokenizer(bpe)
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        charsmap = normalizers.Precompiled(spec.precompiled_charsmap)
+        if charsmap.normalize_str("\r") == charsmap.normalize_str("\n"):
+            steps.append(normalizers.Replace("\r\n", "\n\n"))  # it would take the two as one character
+        steps.append(charsmap)
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
+    if spec.add_dummy_prefix and legacy:
+        steps.append(normalizers.Prepend(_SPACE))
+    steps.append(normalizers.Replace(" ", _SPACE))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    if spec.add_dummy_prefix and not legacy:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *_strip(proto, legacy)]
+    )
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in user_defined])
+    return tokenizer
+
+
+def _merges(proto: Any, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Every way to put a piece together from two, best piece first, as sentencepiece merges them."""
+    found = []
+    for piece in proto.pieces:
+        if piece.type == _NORMAL:
+            text = piece.piece
+            pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
+            pairs = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
+            pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+            found += [(-piece.score, pair) for pair in pairs]
+    found.sort(key=lambda item: item[0])
+    return [pair for _, pair in found]
+
+
+def _strip(proto: Any, legacy: bool) -> list[Any]:
+    """What undoes the dummy prefix in decoding, the legacy tokenizer's oddities included.
+
+    It drops up to two spaces where no special token is kept, else the one after the last special token.
+    """
+    from tokenizers import Regex, decoders
+
+    if not proto.normalizer_spec.add_dummy_prefix:
+        return []
+    if not legacy:
+        return [decoders.Strip(" ", 1, 0)]
+    spec = proto.trainer_spec
+    tokens = (spec.bos_piece or "<s>", spec.eos_piece or "</s>", spec.unk_piece or "<unk>")
+    special = "|".join(re.escape(token) for token in tokens)
+    none_after = f"(?![\\s\\S]*(?:{special}))"
+    return [
+        decoders.Replace(Regex(f"\\A {{1,2}}{none_after}"), ""),
+        decoders.Replace(Regex(f"(?<={special}) {none_after}"), ""),
+    ]
+
+
+def fast_tokenizer(
+    folder: Path, backend: Tokenizer, settings: Mapping[str, Any], padding_side: str = "left"
+) -> PreTrainedTokenizerFast:
+    """The backend with transformers' interface, special and added tokens, and chat template of the folder.
+
+    settings: the contents of tokenizer_config.json.
+    """
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    _add_tokens(folder, backend, settings)
+    named = {key: token_text(settings.get(key)) for key in _NAMED}
+    bos, eos = named["bos_token"], named["eos_token"]
+    before = f"{bos} " if settings.get("add_bos_token", True) and bos else ""
+    after = f" {eos}" if settings.get("add_eos_token", False) and eos else ""
+    special = {token: backend.token_to_id(token) for token in (bos, eos) if token}
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{before}$A{after}",
+        pair=f"{before}$A{after} {before.strip() + ':1 ' if before else ''}$B:1{after + ':1' if after else ''}",
+        special_tokens=list(special.items()),
+    )
+    others = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
+    known = {token: value for token, value in named.items() if value is not None}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **known,
+        extra_special_tokens=[token_text(token) for token in others],
+        model_max_length=settings.get("model_max_length") or int(1e30),
+        padding_side=settings.get("padding_side") or padding_side,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = chat_template(folder, settings)
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
+
+
+def token_text(token: Any) -> str | None:
+    """The text of a token that a config gives as text or as an AddedToken's fields; None for none."""
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    return token or None
+
+
+def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The chat template (Jinja) of a tokenizer folder."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    stated = settings.get("chat_template")
+    if isinstance(stated, list):
+        return {entry["name"]: entry["template"] for entry in stated}
+    return stated
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a file, empty where there is no file.  Raises CheckpointError for a damaged one."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return content
+
+
+def _add_tokens(folder: Path, backend: Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Tokens beyond the sentencepiece model, under the ids that the folder's files give them."""
+    from tokenizers import AddedToken
+
+    tokens: dict[int, AddedToken] = {
+        int(index): AddedToken(text, normalized=False)
+        for text, index in read_json(folder / "added_tokens.json").items()
+    }
+    stated = [(index, token) for index, token in (settings.get("added_tokens_decoder") or {}).items()]
+    stated += [(t["id"], t) for t in read_json(folder / "tokenizer.json").get("added_tokens") or []]
+    for index, token in stated:
+        flags = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "special") if key in token}
+        # matched in the raw text, so that each piece between them is normalised by itself
+        tokens[int(index)] = AddedToken(token["content"], normalized=False, **flags)
+    for index in sorted(tokens):
+        token = tokens[index]
+        if token.special:
+            backend.add_special_tokens([token])
+        else:
+            backend.add_tokens([token])
+        if backend.token_to_id(token.content) != index:
+            raise CheckpointError(
+                f"{folder}: added token {token.content!r} has id {index} in the tokenizer's files, but would "
+                f"get {backend.token_to_id(token.content)} after the sentencepiece model"
+            )

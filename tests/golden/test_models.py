@@ -1,0 +1,125 @@
+"""Every model family against what its original code computed: logits, losses, gradients, generations, steps.
+
+A case is a folder under `cases` with a meta.json; one that is added there is tested without further ado.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from collie_core import AutoModelForCausalLM
+from collie_core.models.causal_lm import run_blocks
+from collie_core.models.forward import parts
+from collie_core.ops import Context
+
+HERE = Path(__file__).parent
+CASES = sorted(path.parent.name for path in HERE.glob("cases/*/meta.json"))
+
+
+def load_check() -> ModuleType:
+    """check.py, which is a command as well and so no module of a package."""
+    spec = importlib.util.spec_from_file_location("golden_check", HERE / "check.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Implementation:
+    """What check.py asks of an implementation, by our model."""
+
+    def __init__(self, case: str) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(case)
+        self.model.eval()
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits, and the inputs of every block (all hidden states but the last)."""
+        states: list[Tensor] = []
+        hooks = [
+            block.register_forward_pre_hook(lambda _, arguments: states.append(arguments[0]))
+            for block in self.model.blocks.values()
+        ]
+        logits = self.model(**inputs).logits
+        for hook in hooks:
+            hook.remove()
+        return logits, torch.stack(states)
+
+    def loss_backward(self, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss, and gradients under the checkpoint's names."""
+        self.model.zero_grad()
+        loss = self.model(**inputs, labels=labels).loss
+        assert loss is not None
+        loss.backward()
+        origin = self.model.origin
+        assert origin is not None
+        gradients: dict[str, Tensor] = {
+            n: p.grad for n, p in self.model.named_parameters() if p.grad is not None
+        }
+        named: dict[str, Tensor] = {}
+        for rule in origin.provider.weight_map(origin.config):
+            if rule.targets and all(name in gradients for name in rule.targets):
+                named |= rule.save(gradients)
+        return loss.detach(), named
+
+    def generate(self, inputs: dict[str, Tensor], n: int, eos: int | None, pad: int) -> Tensor:
+        """The new tokens."""
+        ids = self.model.generate(
+            inputs["input_ids"],
+            inputs.get("attention_mask"),
+            max_new_tokens=n,
+            eos_token_id=-1 if eos is None else eos,
+            pad_token_id=pad,
+        )
+        return ids[:, inputs["input_ids"].shape[1] :]
+
+    def train(
+        self, batches: list[tuple[dict[str, Tensor], Tensor]], n: int
+    ) -> tuple[list[float], list[float]]:
+        """Steps of AdamW, with the loss that training uses."""
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
+        )
+        losses, norms = [], []
+        for step in range(n):
+            inputs, labels = batches[step % len(batches)]
+            optimizer.zero_grad()
+            loss = self.training_loss(inputs, labels)
+            loss.backward()
+            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])))
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        return losses, norms
+
+    def training_loss(self, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """Mean loss by the fused linear cross entropy, which `forward` does not use."""
+        from collie_core.ops import select_ops
+
+        ctx = Context.build(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids"))
+        h = run_blocks(self.model, inputs["input_ids"], ctx)
+        total = select_ops().linear_cross_entropy(parts(self.model).head, h, labels, ctx)
+        return total / (labels[:, 1:] != -100).sum()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_the_original(case: str) -> None:
+    check: Any = load_check()
+    rows = check.check(HERE / "cases" / case, Implementation)
+    quantities = {row[1] for row in rows}
+    assert {"logits", "argmax", "loss", "grad_norm", "generate", "generate_eos", "losses"} <= quantities
+    bad = [
+        f"{scenario}.{what}: {found:.3e} > {allowed:.3e}"
+        for scenario, what, found, allowed, ok in rows
+        if not ok
+    ]
+    assert not bad, "\n".join(bad)
+
+
+def test_there_are_cases() -> None:
+    assert {"llama_v1", "llama_gqa_tied", "llama3_rope"} <= set(CASES)
