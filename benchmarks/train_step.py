@@ -1,4 +1,4 @@
-"""A training step with LOMO: our Trainer, the bare PyTorch loop on the same module, transformers + lomo-optim.
+"""A training step with LOMO: our Trainer, a bare PyTorch loop on the same module, transformers + lomo-optim.
 
 The three take turns in windows of a few steps within one process, on the same weights and tokens; the table
 shows medians over windows and the ratio of step times, window by window.  Ours runs as a user's run does:
@@ -217,7 +217,7 @@ class Ids:
 
 
 def table(args: argparse.Namespace, contestants: list[Contestant]) -> list[dict[str, Any]]:
-    """Medians, ratios to ours, and on CUDA MFU = (6 N + 6 layers hidden length) flop a token over the card's peak."""
+    """Medians and ratios to ours; MFU counts (6 N + 6 layers hidden length) flop a token, N without embedding."""
     shape = SHAPES[args.shape]
     hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
     matrices = (
@@ -270,14 +270,12 @@ def main() -> None:
     device = (
         torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     )
-    print(
-        f"{device}, torch {torch.__version__}, {args.shape}, {args.batch} x {args.length} tokens, {args.windows} windows of {args.window}"
-    )
+    work = f"{args.shape}, {args.batch} x {args.length} tokens, {args.windows} windows of {args.window}"
+    print(f"{device}, torch {torch.__version__}, {work}")
     for row in rows:
         extra = f"  MFU {row['mfu'] or 0:.3f}  peak {row['peak_gib']:.1f} GiB" if "mfu" in row else ""
-        print(
-            f"{row['name']:28} {row['step_s'] * 1e3:9.1f} ms/step {row['tok_s']:9.0f} tok/s  ours/it {row['ours_over_it']:.3f}{extra}"
-        )
+        speed = f"{row['step_s'] * 1e3:9.1f} ms/step {row['tok_s']:9.0f} tok/s"
+        print(f"{row['name']:28} {speed}  ours/it {row['ours_over_it']:.3f}{extra}")
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ class Monitor(Protocol):
         """The run has ended, by `error` or well."""
 
 
-# ---------------------------------------------------------------- factories, each asked of one selected plugin
+# ------------------------------------------------------------ factories, each asked of one selected plugin
 @hookspec(firstresult=True)
 def collie_model_provider(checkpoint: Any, run: Run | None) -> ModelProvider:  # type: ignore[empty-body]
     """The provider for a checkpoint (`.path: Path | None`, `.config: dict`).  `run` is None outside a run."""

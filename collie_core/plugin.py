@@ -16,7 +16,8 @@ from collie_core.models.weight_map import (
     WeightRule,
 )
 from collie_core.ops import Context, Ops
-from collie_core.ops.rounding import round_to
+from collie_core.ops.rounding import Noise, round_to
+from collie_core.optimizers.descent import descend
 from collie_core.optimizers.gradients import scaled_gradient
 from collie_core.run import ParameterGroup, Run
 
@@ -32,6 +33,7 @@ __all__ = [
     "Merge",
     "ModelProvider",
     "Monitor",
+    "Noise",
     "Optimizer",
     "Ops",
     "ParallelPlan",
@@ -44,6 +46,7 @@ __all__ = [
     "Split",
     "Transpose",
     "WeightRule",
+    "descend",
     "hookimpl",
     "nearest",
     "round_to",

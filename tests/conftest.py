@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# one thread a test process: the models are tiny, and threads that wait for busy cores cost more than they give
+# one thread a process: the models are tiny, and threads that wait for busy cores cost more than they give
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

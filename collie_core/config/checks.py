@@ -9,7 +9,7 @@ from typing import Any
 from collie_core.config.problems import ConfigProblems, Key
 from collie_core.config.schema import CollieConfig
 
-#: What may differ between a checkpoint and the run that resumes it (key paths; a section stands for all in it).
+#: What may differ between a checkpoint and the run that resumes it (a section stands for all in it).
 MAY_DIFFER: tuple[Key, ...] = (
     ("dp_size",),
     ("tp_size",),
@@ -70,8 +70,8 @@ def check_config(config: CollieConfig, world_size: int) -> None:
         found.append(
             (
                 ("dp_size",),
-                f"dp_size {config.dp_size} x tp_size {config.tp_size} x pp_size {config.pp_size} = {product}, "
-                f"but the job has {world_size} process{'es' if world_size > 1 else ''}",
+                f"dp_size {config.dp_size} x tp_size {config.tp_size} x pp_size {config.pp_size} "
+                f"= {product}, but the job has {world_size} process{'es' if world_size > 1 else ''}",
             )
         )
     schedule = config.schedule

@@ -44,7 +44,9 @@ def from_pydantic(error: ValidationError, schema: Mapping[str, Any], data: Any) 
     """
     found: dict[Key, str] = {}
     for item in error.errors():
-        path = _existing(item["loc"], data, item["type"] in ("missing", "extra_forbidden", "unexpected_keyword_argument"))
+        path = _existing(
+            item["loc"], data, item["type"] in ("missing", "extra_forbidden", "unexpected_keyword_argument")
+        )
         if path in found:
             continue
         if item["type"] in ("extra_forbidden", "no_such_attribute", "unexpected_keyword_argument"):
@@ -75,10 +77,8 @@ def _existing(loc: tuple[int | str, ...], data: Any, allow_last: bool) -> Key:
         if inside:
             path.append(part)
             data = data[part]
-        elif isinstance(data, str) and part == "name":  # `schedule: cosine` stands for `{name: cosine}`
-            path.append(part)
-        elif allow_last and position == len(loc) - 1:
-            path.append(part)
+        elif (isinstance(data, str) and part == "name") or (allow_last and position == len(loc) - 1):
+            path.append(part)  # `schedule: cosine` stands for `{name: cosine}`
     return tuple(path)
 
 

@@ -252,7 +252,7 @@ class CollieConfig(Section):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **fields: Any) -> CollieConfig:
-        """A config for the checkpoint at `path` (folder or hub id); `fields` are any keys of the YAML by name."""
+        """A config for the checkpoint at `path` (folder or hub id); `fields` are keys of the YAML."""
         model = {**fields.pop("model", {}), "path": str(path)}
         return cls(model=model, **fields)
 

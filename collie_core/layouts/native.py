@@ -140,7 +140,7 @@ class NativeLayout:
         return self._figures(*figures)
 
     def _pass(self, name: str, batch: StepBatch, lr: float, norm: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One forward and backward over the step batch; returns (mean loss, gradient norm), both on the device.
+        """One forward and backward over the step batch; (mean loss, gradient norm), both on the device.
 
         norm: the norm found by an earlier pass, or None.
         """
@@ -201,7 +201,7 @@ class NativeLayout:
         self.optimizer.step(lr)
 
     def _figures(self, loss: float, norm: float, loss_finite: float, finite: float) -> dict[str, float]:
-        """Host side of a step: move the loss scale; an fp16 overflow is no failure while the scale can fall."""
+        """Move the loss scale; an fp16 overflow is no failure while the scale can fall."""
         figures = {"loss": loss, "grad_norm": norm, "finite": finite}
         if self.loss_scale.enabled:
             figures["loss_scale"] = self.loss_scale.value

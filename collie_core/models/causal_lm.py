@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collie_core.errors import ConfigError, UserError
-from collie_core.models.forward import run_blocks, summed_loss
+from collie_core.models.forward import require_weights, run_blocks, summed_loss
 from collie_core.models.generation import generate
 from collie_core.models.loading import Slots
 from collie_core.ops import Context
@@ -64,22 +64,13 @@ class CausalLM(nn.Module):
         input_ids: int64 (B, S).  attention_mask: (B, S), 1 for a token.  position_ids: (B, S), counted over
         the whole row if absent.  labels: (B, S), -100 where no loss is wanted; shifted here.
         """
-        self.require_weights()
+        require_weights(self)
         ctx = Context.build(input_ids, attention_mask, position_ids)
         logits: Tensor = self.head(run_blocks(self, input_ids, ctx), ctx)
         if labels is None:
             return CausalLMOutput(logits)
         targets = labels[:, 1:].to(logits.device).flatten()
         return CausalLMOutput(logits, F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets))
-
-    def require_weights(self) -> None:
-        """Raise UserError where the weights are not loaded yet."""
-        if next(self.parameters()).is_meta:
-            where = f" of {self.origin.path}" if self.origin and self.origin.path else ""
-            raise UserError(
-                f"the weights{where} are not loaded: with dp_size, tp_size or pp_size above 1 the Trainer "
-                "loads each process's part; pass the model to it, or load it with sizes of 1"
-            )
 
     @classmethod
     def from_pretrained(
@@ -124,7 +115,7 @@ class CausalLM(nn.Module):
         """
         from collie_core.models.export import export_pretrained
 
-        self.require_weights()
+        require_weights(self)
         origin = self._require_origin("save_pretrained")
         slots = Slots(self)
         tensors = {name: t.detach() for name, t in slots.tensors.items() if name not in slots.copies}
@@ -147,7 +138,7 @@ class CausalLM(nn.Module):
         """
         from collie_core.models.resize import resize_vocabulary
 
-        self.require_weights()
+        require_weights(self)
         resize_vocabulary(self, self._require_origin("resize_token_embeddings"), size)
 
     def _require_origin(self, action: str) -> Origin:

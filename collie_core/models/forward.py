@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor, nn
 
+from collie_core.errors import UserError
 from collie_core.ops import Context, KVCache
 
 if TYPE_CHECKING:
@@ -26,6 +27,17 @@ def parts(model: nn.Module) -> Parts:
         if not isinstance(getattr(model, name, None), nn.Module):
             raise TypeError(f"{type(model).__name__} has no child module {name!r}")
     return cast(Parts, model)
+
+
+def require_weights(model: nn.Module) -> None:
+    """Raise UserError where the weights are not loaded yet."""
+    if next(model.parameters()).is_meta:
+        origin = getattr(model, "origin", None)
+        where = f" of {origin.path}" if origin is not None and origin.path else ""
+        raise UserError(
+            f"the weights{where} are not loaded: with dp_size, tp_size or pp_size above 1 the Trainer loads "
+            "each process's part; pass the model to it, or load it with sizes of 1"
+        )
 
 
 def run_blocks(model: nn.Module, input_ids: Tensor, ctx: Context, cache: KVCache | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from collie_core.errors import CheckpointError, UserError
-from collie_core.models.forward import parts, run_blocks
+from collie_core.models.forward import parts, require_weights, run_blocks
 from collie_core.ops import Context, KVCache
 
 
@@ -48,6 +48,7 @@ def generate(
     _check(attention_mask, max_new_tokens, temperature, top_p, repetition_penalty)
     if stop_strings and tokenizer is None:
         raise UserError("generate: stop_strings need the tokenizer")
+    require_weights(model)
     eos, pad = _special_ids(model, eos_token_id, pad_token_id)
     device = next(model.parameters()).device
     input_ids = input_ids.to(device)

@@ -58,7 +58,9 @@ def select_provider(
 
     source = locate(path, revision)
     hf_config = read_hf_config(source.folder)
-    return replace(provider_for(hf_config, source.folder, provider, plugins, run), checkpoint=source.checkpoint)
+    return replace(
+        provider_for(hf_config, source.folder, provider, plugins, run), checkpoint=source.checkpoint
+    )
 
 
 def provider_for(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """folder: config.json and tokenizer.  checkpoint: the checkpoint with the weights, or None: in `folder`."""
+    """folder: config.json and tokenizer.  checkpoint: where the weights are, or None: in `folder`."""
 
     folder: Path
     checkpoint: Path | None = None

@@ -1,4 +1,4 @@
-"""The training loop: one straight line from a step batch to its update, figures, evaluation and checkpoint."""
+"""The training loop: one straight line from a step batch to update, figures, evaluation and checkpoint."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def _versions() -> dict[str, str]:
 
 
 def checkpoint_state(run: Run, position: Any, data_fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors: step, place in the data, random state, config, resolved autos."""
+    """What a checkpoint holds beside tensors: step, place in the data, random state, config, autos."""
     from collie_core.checkpoint.rng import rng_state
 
     return {

@@ -1,4 +1,4 @@
-"""From a Trainer to a Session: every check that can fail by the user's mistake, before anything is written."""
+"""From a Trainer to a Session: every check for users' mistakes, before anything is written."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def select_plugins(config: CollieConfig, plugins: RunPlugins) -> None:
 
 
 def check_run(config: CollieConfig) -> list[str]:
-    """What `collie config check` finds: the config, its plugins and their own checks; returns the plugins' names."""
+    """What `collie config check` does: the config, its plugins and their own checks; returns their names."""
     import torch
 
     from collie_core.run import Run

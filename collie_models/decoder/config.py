@@ -36,3 +36,5 @@ class DecoderConfig:
     residual: Literal["sequential", "parallel"] = "sequential"
     tie_embeddings: bool = False
     initializer_range: float = 0.02
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None

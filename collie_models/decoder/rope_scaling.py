@@ -1,17 +1,19 @@
 """Rotary frequencies for contexts longer than those of pre-training, by the names of transformers.
 
-Each has `frequencies(dim, theta, length)`: fp32, (dim / 2,), or (..., dim / 2) for a length of shape
-(..., 1); and `attention_factor`, which multiplies cosine and sine.
+Each has `frequencies(dim, theta, ctx)` and `attention_factor`, which multiplies cosine and sine.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collie_core.ops import Context
 
 
 class Scaling(Protocol):
@@ -20,8 +22,8 @@ class Scaling(Protocol):
     @property
     def attention_factor(self) -> float: ...
 
-    def frequencies(self, dim: int, theta: float, length: Tensor) -> Tensor:
-        """length: tokens of the record, an integer tensor on the device where the result is wanted."""
+    def frequencies(self, dim: int, theta: float, ctx: Context) -> Tensor:
+        """fp32, (dim / 2,); (B, S, dim / 2) where the length of each packed record matters."""
 
 
 def inverse_frequencies(dim: int, theta: float | Tensor, device: torch.device) -> Tensor:
@@ -30,14 +32,23 @@ def inverse_frequencies(dim: int, theta: float | Tensor, device: torch.device) -
     return 1.0 / (theta**exponents)
 
 
+def record_lengths(ctx: Context) -> Tensor:
+    """Length of the longest record, 0-d; in packed rows the length of each position's own, (B, S, 1)."""
+    if ctx.segments is None:
+        return ctx.positions.amax() + 1
+    positions = ctx.positions.expand_as(ctx.segments)
+    longest = torch.zeros_like(positions).scatter_reduce(1, ctx.segments, positions, "amax")
+    return longest.gather(1, ctx.segments).unsqueeze(-1) + 1
+
+
 @dataclass(frozen=True)
 class Unscaled:
     """`default`."""
 
     attention_factor: float = 1.0
 
-    def frequencies(self, dim: int, theta: float, length: Tensor) -> Tensor:
-        return inverse_frequencies(dim, theta, length.device)
+    def frequencies(self, dim: int, theta: float, ctx: Context) -> Tensor:
+        return inverse_frequencies(dim, theta, ctx.positions.device)
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,8 @@ class Linear:
     factor: float
     attention_factor: float = 1.0
 
-    def frequencies(self, dim: int, theta: float, length: Tensor) -> Tensor:
-        return inverse_frequencies(dim, theta, length.device) / self.factor
+    def frequencies(self, dim: int, theta: float, ctx: Context) -> Tensor:
+        return inverse_frequencies(dim, theta, ctx.positions.device) / self.factor
 
 
 @dataclass(frozen=True)
@@ -59,9 +70,10 @@ class Dynamic:
     max_positions: int
     attention_factor: float = 1.0
 
-    def frequencies(self, dim: int, theta: float, length: Tensor) -> Tensor:
-        stretch = self.factor * length.clamp(min=self.max_positions) / self.max_positions - (self.factor - 1)
-        return inverse_frequencies(dim, theta * stretch ** (dim / (dim - 2)), length.device)
+    def frequencies(self, dim: int, theta: float, ctx: Context) -> Tensor:
+        length = record_lengths(ctx).clamp(min=self.max_positions)
+        stretch = self.factor * length / self.max_positions - (self.factor - 1)
+        return inverse_frequencies(dim, theta * stretch ** (dim / (dim - 2)), ctx.positions.device)
 
 
 @dataclass(frozen=True)
@@ -74,8 +86,8 @@ class Llama3:
     original_max_positions: int
     attention_factor: float = 1.0
 
-    def frequencies(self, dim: int, theta: float, length: Tensor) -> Tensor:
-        high = inverse_frequencies(dim, theta, length.device)
+    def frequencies(self, dim: int, theta: float, ctx: Context) -> Tensor:
+        high = inverse_frequencies(dim, theta, ctx.positions.device)
         turns = self.original_max_positions * high / (2 * math.pi)  # within the original context
         smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         smooth = smooth.clamp(0.0, 1.0)
@@ -93,15 +105,15 @@ class Yarn:
     beta_slow: float = 1.0
     truncate: bool = True
 
-    def frequencies(self, dim: int, theta: float, length: Tensor) -> Tensor:
-        high = inverse_frequencies(dim, theta, length.device)
+    def frequencies(self, dim: int, theta: float, ctx: Context) -> Tensor:
+        high = inverse_frequencies(dim, theta, ctx.positions.device)
         low_dim = self._dimension(self.beta_fast, dim, theta)
         high_dim = self._dimension(self.beta_slow, dim, theta)
         if self.truncate:
             low_dim, high_dim = math.floor(low_dim), math.ceil(high_dim)
         low_dim, high_dim = max(low_dim, 0), min(high_dim, dim - 1)
         width = (high_dim - low_dim) or 0.001  # the paper's ramp must not be infinitely steep
-        ramp = (torch.arange(dim // 2, dtype=torch.float32, device=length.device) - low_dim) / width
+        ramp = (torch.arange(dim // 2, dtype=torch.float32, device=ctx.positions.device) - low_dim) / width
         kept = 1 - ramp.clamp(0.0, 1.0)
         return high / self.factor * (1 - kept) + high * kept
 
@@ -119,10 +131,10 @@ class LongRope:
     original_max_positions: int
     attention_factor: float
 
-    def frequencies(self, dim: int, theta: float, length: Tensor) -> Tensor:
+    def frequencies(self, dim: int, theta: float, ctx: Context) -> Tensor:
         short, long = (
-            torch.tensor(factors, dtype=torch.float32, device=length.device)
+            torch.tensor(factors, dtype=torch.float32, device=ctx.positions.device)
             for factors in (self.short_factor, self.long_factor)
         )
-        factors = torch.where(length > self.original_max_positions, long, short)
-        return inverse_frequencies(dim, theta, length.device) / factors
+        factors = torch.where(record_lengths(ctx) > self.original_max_positions, long, short)
+        return inverse_frequencies(dim, theta, ctx.positions.device) / factors

@@ -31,7 +31,7 @@ class Rotary:
         return ctx.memo("decoder.rotary", lambda: self._angles(ctx))
 
     def _angles(self, ctx: Context) -> tuple[Tensor, Tensor]:
-        frequencies = self.scaling.frequencies(self.dim, self.theta, record_lengths(ctx))
+        frequencies = self.scaling.frequencies(self.dim, self.theta, ctx)
         angles = ctx.positions.unsqueeze(-1).float() * frequencies
         factor = self.scaling.attention_factor
         return angles.cos().unsqueeze(1) * factor, angles.sin().unsqueeze(1) * factor
@@ -47,12 +47,3 @@ class Rotary:
         joined = torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
         joined = joined.to(x.dtype)
         return joined if rest.shape[-1] == 0 else torch.cat((joined, rest), -1)
-
-
-def record_lengths(ctx: Context) -> Tensor:
-    """Length of the longest record, 0-d; in packed rows the length of each position's own, (B, S, 1)."""
-    positions = ctx.positions
-    if ctx.segments is None:
-        return positions.amax() + 1
-    longest = torch.zeros_like(positions).scatter_reduce(1, ctx.segments, positions, "amax")
-    return longest.gather(1, ctx.segments).unsqueeze(-1) + 1

@@ -6,6 +6,7 @@ spaces, or follows a special token; these give the ids of the original (slow) to
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -25,13 +26,11 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 def read_sentencepiece(path: Path) -> Any:
     """The ModelProto in a file.  Raises CheckpointError for a file that is none, or is no BPE model."""
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
+    generated: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # untyped
+    proto = generated.ModelProto()
     try:
         proto.ParseFromString(path.read_bytes())
-    except (DecodeError, OSError) as error:
+    except Exception as error:  # protobuf's DecodeError, or OSError
         raise CheckpointError(f"{path}: is no sentencepiece model: {error}") from None
     if not proto.pieces or proto.trainer_spec.model_type != _BPE:
         raise CheckpointError(f"{path}: is no sentencepiece model of type BPE")
@@ -125,13 +124,12 @@ def fast_tokenizer(
     _add_tokens(folder, backend, settings)
     named = {key: token_text(settings.get(key)) for key in _NAMED}
     bos, eos = named["bos_token"], named["eos_token"]
-    before = f"{bos} " if settings.get("add_bos_token", True) and bos else ""
-    after = f" {eos}" if settings.get("add_eos_token", False) and eos else ""
-    special = {token: backend.token_to_id(token) for token in (bos, eos) if token}
+    before = [bos] if bos and settings.get("add_bos_token", True) else []
+    after = [eos] if eos and settings.get("add_eos_token", False) else []
     backend.post_processor = processors.TemplateProcessing(
-        single=f"{before}$A{after}",
-        pair=f"{before}$A{after} {before.strip() + ':1 ' if before else ''}$B:1{after + ':1' if after else ''}",
-        special_tokens=list(special.items()),
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *(f"{token}:1" for token in [*before, "$B", *after])],
+        special_tokens=[(token, backend.token_to_id(token)) for token in [*before, *after]],
     )
     others = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
     known = {token: value for token, value in named.items() if value is not None}

@@ -75,6 +75,7 @@ class LlamaProvider:
         if head_dim % 2:
             raise ConfigError(f"head_dim {head_dim} is odd; rotary positions need pairs of channels")
         attention_bias = config.flag("attention_bias", False)
+        eos, pad = _special_ids(hf_config)
         return DecoderConfig(
             vocab_size=config.integer("vocab_size"),
             hidden_size=hidden,
@@ -91,6 +92,8 @@ class LlamaProvider:
             mlp_bias=config.flag("mlp_bias", False),
             tie_embeddings=config.flag("tie_word_embeddings", False),
             initializer_range=config.number("initializer_range", 0.02),
+            eos_token_id=eos,
+            pad_token_id=pad,
         )
 
     def build(self, config: DecoderConfig, ops: Ops) -> LlamaForCausalLM:
@@ -110,3 +113,17 @@ class LlamaProvider:
         from collie_models.llama.tokenizer import load_tokenizer
 
         return load_tokenizer(path)
+
+
+def _special_ids(hf_config: Mapping[str, Any]) -> tuple[int | tuple[int, ...] | None, int | None]:
+    """End-of-sequence and padding ids; early conversions have bos 0, eos 1 and pad -1, which are wrong."""
+    bos, eos, pad = (hf_config.get(f"{name}_token_id") for name in ("bos", "eos", "pad"))
+    if (bos, eos) == (0, 1):
+        _log.warning(
+            "config.json: bos_token_id 0 and eos_token_id 1 are those of an early conversion; 2 ends texts"
+        )
+        eos = 2
+    if isinstance(pad, int) and pad < 0:
+        _log.warning("config.json: pad_token_id %d is no token; there is no padding token", pad)
+        pad = None
+    return tuple(eos) if isinstance(eos, list) else eos, pad

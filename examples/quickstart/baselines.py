@@ -24,7 +24,7 @@ def unigram_perplexity(train: Sequence[Target], held_out: Sequence[Target], voca
 def bigram_perplexity(
     train: Sequence[Target], held_out: Sequence[Target], vocabulary: int
 ) -> tuple[float, float]:
-    """Add-k bigram model with the best k of a few, chosen on the held-out data in its favour; (perplexity, k)."""
+    """Add-k bigram model with the best k of a few, chosen on the held-out data; (perplexity, k)."""
     pairs, before = Counter(train), Counter(previous for previous, _ in train)
 
     def perplexity(k: float) -> float:

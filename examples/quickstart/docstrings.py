@@ -72,7 +72,7 @@ def first_paragraphs(text: str, limit: int = 400) -> str:
 
 
 def records() -> list[dict[str, str]]:
-    """Every record, in an order that depends on nothing but the sources; a docstring seen twice is kept once."""
+    """Every record, in an order that depends on the sources alone; a docstring seen twice is kept once."""
     root, seen, found = standard_library(), set(), []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts

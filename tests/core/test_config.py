@@ -114,13 +114,13 @@ def test_python_construction_and_assignment_are_validated() -> None:
     config.tp_size, config.use_flash = 2, True
     assert (config.dp_size, config.tp_size, config.use_flash, config.optimizer.lr) == (2, 2, True, 1.0)
     with pytest.raises(ConfigError, match="did you mean 'tp_size'"):
-        config.tp_sise = 2  # type: ignore[attr-defined]
+        config.tp_sise = 2
     with pytest.raises(ConfigError, match="expected auto or true or false"):
         config.use_flash = "sometimes"  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="did you mean 'dp_size'"):
         CollieConfig(model={"path": "x"}, dp_sise=2)
     with pytest.raises(ConfigError, match="did you mean 'epochs'"):
-        config.train.epoch = 3  # type: ignore[attr-defined]
+        config.train.epoch = 3
 
 
 def test_a_config_survives_its_own_yaml(tmp_path: Path) -> None:

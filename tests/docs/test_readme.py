@@ -46,7 +46,9 @@ def test_the_commands_run_in_order(folder: Path) -> None:
     for line in lines:
         run([sys.executable, "-m", "collie_core", *shlex.split(line)[1:]], folder)
     assert (folder / "exported" / "config.json").is_file()
-    assert (folder / "runs" / "demo" / "tensorboard").is_dir() and (folder / "runs" / "demo" / "metrics.csv").is_file()
+    assert (folder / "runs" / "demo" / "tensorboard").is_dir() and (
+        folder / "runs" / "demo" / "metrics.csv"
+    ).is_file()
 
 
 def test_the_python_script_runs(folder: Path) -> None:
@@ -71,9 +73,13 @@ def test_the_make_targets_exist() -> None:
 
 
 def test_the_installing_lines_name_our_distributions() -> None:
-    built = {tomllib.loads(path.read_text())["project"]["name"] for path in ROOT.glob("collie_*/**/pyproject.toml")}
+    built = {
+        tomllib.loads(path.read_text())["project"]["name"] for path in ROOT.glob("collie_*/**/pyproject.toml")
+    }
     built.add("collie-llm")
-    lines = [line for block in snippets("bash") for line in block.splitlines() if line.startswith("pip install")]
+    lines = [
+        line for block in snippets("bash") for line in block.splitlines() if line.startswith("pip install")
+    ]
     assert lines
     for line in lines:
         assert {name for name in line.split() if name.startswith("collie-")} <= built
@@ -94,7 +100,9 @@ def test_links_lead_somewhere() -> None:
 def test_the_transcript_is_that_of_the_quickstart() -> None:
     [transcript] = snippets("text")
     source = (ROOT / "examples" / "quickstart" / "run.py").read_text()
-    headings = [line for line in transcript.splitlines() if line.startswith("== ") and "result after" not in line]
+    headings = [
+        line for line in transcript.splitlines() if line.startswith("== ") and "result after" not in line
+    ]
     assert len(headings) >= 6
     assert all(line.removeprefix("== ") in source for line in headings)
     assert transcript.count("yes  ") == 3

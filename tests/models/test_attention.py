@@ -78,7 +78,7 @@ def test_packed_records_equal_records_alone(name: str, rotary: Rotary) -> None:
         torch.testing.assert_close(gradient, expected[key], atol=2e-3, rtol=1e-4)
     # without segments the records would see each other
     leaked = model(packed, position_ids=positions).logits[:, :start]
-    assert float((leaked - alone).abs().max()) > 1e-2
+    assert float((leaked - alone).detach().abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -156,9 +156,9 @@ def test_scale_and_dtype() -> None:
     q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.bfloat16) for _ in range(3))
     for name in NAMES:
         attend = select_ops(attention=name).attention
-        out = attend(q, k, v, Context.build(ids(1, 5)), scale=0.0)
+        out = attend(q, k, v, Context.build(ids(1, 5)), scale=1e-6)
         assert out.dtype == torch.bfloat16
-        mean = torch.stack([v[:, :, : n + 1].float().mean(2) for n in range(5)], 2)  # scores of zero
+        mean = torch.stack([v[:, :, : n + 1].float().mean(2) for n in range(5)], 2)  # scores of nearly zero
         torch.testing.assert_close(out.float(), mean, atol=2e-2, rtol=2e-2)
 
 

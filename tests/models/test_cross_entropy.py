@@ -72,7 +72,7 @@ def test_equals_plain(masked: float, scale: float) -> None:
 def test_sums_over_chunks_in_fp32(dtype: torch.dtype) -> None:
     head = Head().to(dtype)
     h, labels, ctx = batch(0.0, rows=4, length=101)
-    exact = run("plain", Head_like(head).double(), h.to(dtype).double(), labels, ctx)
+    exact = run("plain", head_like(head).double(), h.to(dtype).double(), labels, ctx)
     found = run("chunked", head, h.to(dtype), labels, ctx)
     assert found[1].dtype == found[2].dtype == dtype
     assert abs(float(found[0]) / float(exact[0]) - 1) < 5e-3
@@ -80,7 +80,7 @@ def test_sums_over_chunks_in_fp32(dtype: torch.dtype) -> None:
         assert float((a.double() - b).norm() / b.norm()) < 1e-2
 
 
-def Head_like(head: nn.Module) -> nn.Module:  # noqa: N802
+def head_like(head: nn.Module) -> nn.Module:
     copy = Head()
     copy.load_state_dict(head.state_dict())
     return copy

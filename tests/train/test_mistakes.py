@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
+import pickle  # noqa: S403  (to write files that must be refused)
 import resource
 import shutil
 import signal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -125,10 +126,8 @@ def test_killed_at_random_moments_is_bit_identical(tiny_llama: Path, whole: Path
         child = int(zygote.stdout.readline())
         if seconds is not None:
             time.sleep(seconds)
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         return int(zygote.stdout.readline())
 
     rng = random.Random(0)
