@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -28,6 +29,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _log_to_stderr()
     try:
         status = _run(arguments)
         _flush_output()
@@ -42,6 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         return _report(_unexpected(error), error, 1)
+
+
+def _log_to_stderr() -> None:
+    """Warnings of the core as lines on stderr, once, whatever the root logger does."""
+    logger = logging.getLogger("collie_core")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("warning: %(message)s"))
+        logger.addHandler(handler)
 
 
 def _run(arguments: list[str]) -> int:

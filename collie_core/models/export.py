@@ -131,8 +131,8 @@ def _write_configs(
     """config.json with the dtype of the weights, and the source's generation config."""
     floating = [dtype for _, dtype in specs.values() if dtype.is_floating_point]
     if floating:
-        key = "dtype" if "dtype" in hf_config else "torch_dtype"
-        hf_config = hf_config | {key: str(floating[0]).removeprefix("torch.")}
+        keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["torch_dtype"]
+        hf_config = hf_config | dict.fromkeys(keys, str(floating[0]).removeprefix("torch."))
     (folder / "config.json").write_text(json_text(hf_config), encoding="utf-8")
     if source is not None and (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")

@@ -37,9 +37,9 @@ def load_weights(
     allocated on `device`.
 
     dtype: of floating-point parameters; None keeps the stored one.  initialise: fills the parameters that
-    no rule speaks of (those of adapters); without it they are an error.  Beside the model, host memory holds
-    one     rule's tensors.  Raises CheckpointError listing the tensors that are missing, unexpected or of a wrong
-    shape, before any is read; PluginError where the provider's weight map does not fit its module.
+    no rule speaks of (those of adapters); without it they are an error.  Beside the model, host memory
+    holds one rule's tensors.  Raises CheckpointError listing the tensors that are missing, unexpected or of
+    a wrong shape, before any is read; PluginError where the weight map does not fit the module.
     """
     slots = Slots(model)
     rules = _match(slots, rules, reader, complete=initialise is None)

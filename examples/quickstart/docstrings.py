@@ -84,7 +84,7 @@ def records() -> list[dict[str, str]]:
             if len(answer) >= 20 and answer not in seen:
                 seen.add(answer)
                 question = QUESTIONS[kind].format(name=name.replace(".__init__", ""))
-                found.append({"input": f"Question: {question}\nAnswer: ", "output": answer})
+                found.append({"input": f"Question: {question}\nAnswer:", "output": f" {answer}"})
     return found
 
 

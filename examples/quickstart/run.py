@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = Path("runs/quickstart")
-CONFIG = HERE / "train.yaml"
+CONFIG = Path(os.path.relpath(HERE / "train.yaml"))
 PROMPTS = ("collections.OrderedDict.pop", "os.path.isdir", "email.message.Message.get_all")
 
 
@@ -31,7 +33,7 @@ def say(text: str) -> None:
 def collie(*arguments: str, capture: bool = False) -> str:
     """Run the `collie` command; its progress goes to the terminal."""
     command = [sys.executable, "-m", "collie_core", *arguments]
-    print("$ collie " + " ".join(arguments), flush=True)
+    print("$ collie " + shlex.join(arguments), flush=True)
     done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE if capture else None)
     return done.stdout or ""
 
@@ -81,9 +83,11 @@ def prove_export(model: Path) -> float:
     import torch
     from transformers import AutoModelForCausalLM as Stock
     from transformers import AutoTokenizer as StockTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from collie_core import AutoModelForCausalLM
 
+    disable_progress_bar()
     ids = StockTokenizer.from_pretrained(model)("Question: What does os.path.join do?", return_tensors="pt")[
         "input_ids"
     ]
@@ -130,20 +134,9 @@ def main() -> int:
 
     say("three answers")
     for name in PROMPTS:
-        prompt = f"Question: What does {name} do?\nAnswer: "
-        print(
-            collie(
-                "generate",
-                trained,
-                "--prompt",
-                prompt,
-                "--max-new-tokens",
-                "40",
-                "--dtype",
-                "float32",
-                capture=True,
-            )
-        )
+        prompt = f"Question: What does {name} do?\nAnswer:"
+        options = ["--max-new-tokens", "40", "--dtype", "float32"]
+        print(collie("generate", trained, "--prompt", prompt, *options, capture=True).strip())
 
     say("the export, read by transformers")
     difference = prove_export(Path(trained))
