@@ -39,6 +39,7 @@ bench: setup
 docs: setup
 	$(BIN)/python tools/known_plugins.py
 	$(BIN)/python tools/hook_tables.py
+	$(BIN)/python tools/config_table.py
 
 clean:
 	rm -rf dist build .mypy_cache .ruff_cache .pytest_cache "$(VENV)"

@@ -217,7 +217,7 @@ class Ids:
 
 
 def table(args: argparse.Namespace, contestants: list[Contestant]) -> list[dict[str, Any]]:
-    """Medians and ratios to ours; MFU counts (6 N + 6 layers hidden length) flop a token, N without embedding."""
+    """Medians and ratios; MFU counts (6 N + 6 layers hidden length) flop a token, N without embedding."""
     shape = SHAPES[args.shape]
     hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
     matrices = (

@@ -137,8 +137,8 @@ Sources = Annotated[list[SourceSection], BeforeValidator(_sources)]
 class DataSection(Section):
     """Records: where they are and how they become rows of tokens."""
 
-    train: Sources | None = None
-    eval: Sources | None = None
+    train: Sources | None = Field(default=None, description="a path, or a list of paths or of {path, weight}")
+    eval: Sources | None = Field(default=None, description="as train; null: nothing is evaluated")
     max_length: Annotated[int, Field(ge=2)] = 2048
     packing: bool = False
     template: Text | None = Field(
@@ -209,9 +209,9 @@ class CollieConfig(Section):
 
     model: ModelSection
     use_flash: Auto | bool = "auto"
-    dp_size: Count = 1
-    tp_size: Count = 1
-    pp_size: Count = 1
+    dp_size: Count = Field(default=1, description="data parallel; dp * tp * pp = number of processes")
+    tp_size: Count = Field(default=1, description="tensor parallel")
+    pp_size: Count = Field(default=1, description="pipeline parallel")
     layout: Annotated[LayoutSection, BeforeValidator(_named)] = Field(default_factory=lambda: LayoutSection())
     optimizer: Annotated[OptimizerSection, BeforeValidator(_named)] = Field(
         default_factory=lambda: OptimizerSection()

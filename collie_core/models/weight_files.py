@@ -26,7 +26,7 @@ SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.j
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 _CHUNK_BYTES = 16 * 2**20
-_MAPPED_BYTES = 256 * 2**20  # of a .bin, before it is mapped anew
+_MAPPED_BYTES = 64 * 2**20  # of a .bin, before it is mapped anew
 _MAX_HEADER_BYTES = 100 * 2**20  # as in the safetensors library
 
 

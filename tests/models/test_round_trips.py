@@ -243,7 +243,7 @@ print(size, loaded - before - size, peak() - loaded)
 """
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "safetensors_sharded", "bin_sharded"])
+@pytest.mark.parametrize("kind", ["safetensors_sharded", "bin_sharded"])
 def test_memory_beside_the_model(kind: str, tmp_path: Path) -> None:
     """One tensor (and pages of a mapped .bin) while loading; next to nothing while saving."""
     torch.manual_seed(0)
@@ -270,8 +270,7 @@ def test_memory_beside_the_model(kind: str, tmp_path: Path) -> None:
     )
     size, loading, saving = map(int, done.stdout.split())
     assert size > 250e6
-    allowed = 150e6 if "bin" in kind else 40e6
-    print(size, loading, saving)
+    allowed = 100e6 if "bin" in kind else 40e6
     assert loading < allowed, f"loading took {loading / 1e6:.0f} MB beside the model"
     assert saving < 40e6, f"saving took {saving / 1e6:.0f} MB"
 
