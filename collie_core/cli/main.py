@@ -46,13 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(_unexpected(error), error, 1)
 
 
+class _Stderr(logging.Handler):
+    """Log records as lines on what is stderr at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
 def _log_to_stderr() -> None:
-    """Warnings of the core as lines on stderr, once, whatever the root logger does."""
     logger = logging.getLogger("collie_core")
     if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("warning: %(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(_Stderr())
 
 
 def _run(arguments: list[str]) -> int:

@@ -11,15 +11,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
+    parser.add_argument(
+        "--profile", type=int, metavar="N", help="write a trace of N steps into the output folder"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; 0 when done, 143 or 130 when a signal ended it, saved and resumable."""
     from collie_core.config.load import load_config
+    from collie_core.errors import UserError
+    from collie_core.train.profile import StepProfiler
     from collie_core.train.trainer import Trainer
 
-    result = Trainer(load_config(args.config, args.overrides)).train()
+    config = load_config(args.config, args.overrides)
+    if args.profile is not None and args.profile < 1:
+        raise UserError(f"--profile: expected a number of steps >= 1, got {args.profile}")
+    result = Trainer(config, callbacks=[StepProfiler(args.profile)] if args.profile else []).train()
     if args.json:
         summary = {
             "step": result.step,

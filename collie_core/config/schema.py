@@ -156,7 +156,7 @@ class TrainSection(Section):
     )
     global_batch_size: Count | None = None
     epochs: Count = 1
-    max_steps: Count | None = None
+    max_steps: Count | None = Field(default=None, description="end after so many steps, even within an epoch")
     activation_checkpointing: (
         Auto | Literal["none", "full", "selective", "offload"] | Annotated[int, Field(ge=0)]
     ) = "auto"

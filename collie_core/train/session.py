@@ -141,4 +141,8 @@ class Session:
 
     def warn(self, message: str) -> None:
         """A warning on stderr."""
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        self.note(f"warning: {message}")
+
+    def note(self, message: str) -> None:
+        """A line on stderr."""
+        print(message, file=sys.stderr, flush=True)

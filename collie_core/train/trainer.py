@@ -72,6 +72,7 @@ class Trainer:
 
         with StopSignals() as signals, open_training(self) as session:
             if finished(session):
+                session.note(f"{session.run.output_dir} has already done its {session.run.step} steps")
                 return self._result(session, signals)
             try:
                 session.start()

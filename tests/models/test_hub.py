@@ -18,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from collie_core import AutoModelForCausalLM, AutoTokenizer
+
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 
 
@@ -69,13 +71,13 @@ class Handler(BaseHTTPRequestHandler):
                     "type": "file",
                     "path": p.name,
                     "size": p.stat().st_size,
-                    "oid": hashlib.sha1(p.read_bytes()).hexdigest(),
+                    "oid": digest(p.read_bytes()),
                 }
                 for p in sorted(folder.iterdir())
             ]
             return self.reply(200, json.dumps(files).encode())
         content = (folder / rest[0]).read_bytes()
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{digest(content)}"'}
         if body:
             self.server.fetched[rest[0]] += 1
         self.reply(200, content, headers, body)
@@ -90,6 +92,10 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if body and self.command == "GET":
             self.wfile.write(content)
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
 
 
 @pytest.fixture
@@ -111,7 +117,7 @@ def start(hub: Hub | None, cache: Path, code: str, offline: bool = False) -> sub
         "HF_HUB_OFFLINE": "1" if offline else "0",
         "HF_HUB_DISABLE_XET": "1",
     }
-    code = f"import torch\nfrom collie_core import AutoModelForCausalLM, AutoTokenizer\n{code}"
+    code = f"from collie_core.models.hub import resolve\n{code}"
     return subprocess.Popen(
         [sys.executable, "-c", code],
         env=environment,
@@ -133,10 +139,7 @@ def error_of(process: subprocess.Popen[str]) -> str:
     return error.strip().splitlines()[-1]
 
 
-LOAD = """
-model = AutoModelForCausalLM.from_pretrained('lab/tiny'{})
-print(float(model(torch.arange(9)[None]).logits.sum()))
-"""
+FIND = "print(resolve('lab/tiny'))"
 
 
 @pytest.fixture
@@ -155,19 +158,35 @@ def repository(tiny_llama: Path, tmp_path: Path) -> Path:
 def test_downloads_what_is_needed_once(hub: Hub, repository: Path, tmp_path: Path) -> None:
     hub.repositories["lab/tiny"] = {"main": repository}
     cache = tmp_path / "cache"
-    # the tokenizer alone fetches no weights
-    finish(start(hub, cache, "print(AutoTokenizer.from_pretrained('lab/tiny')('What')['input_ids'])"))
+    finish(start(hub, cache, "resolve('lab/tiny', weights=False)"))  # for a tokenizer
     assert "config.json" in hub.fetched and "model.safetensors" not in hub.fetched
     # two processes of one node share a download
-    processes = [start(hub, cache, LOAD.format("")) for _ in range(2)]
-    sums = {finish(process) for process in processes}
-    assert len(sums) == 1
+    processes = [start(hub, cache, FIND) for _ in range(2)]
+    folders = {finish(process).strip() for process in processes}
     assert hub.fetched["model.safetensors"] == 1 and hub.fetched["config.json"] == 1
     assert not {"pytorch_model.bin", "modeling.py", "picture.png"} & hub.fetched.keys()
     # then offline, or with the hub away
-    assert finish(start(hub, cache, LOAD.format(""), offline=True)) in sums
-    assert finish(start(None, cache, LOAD.format(""))) in sums
+    assert {finish(start(hub, cache, FIND, offline=True)).strip()} == folders
+    assert {finish(start(None, cache, FIND)).strip()} == folders
     assert hub.fetched["model.safetensors"] == 1
+    [folder] = folders
+    assert (
+        load_file(f"{folder}/model.safetensors").keys() == load_file(repository / "model.safetensors").keys()
+    )
+
+
+def test_a_model_by_its_id(hub: Hub, repository: Path, tmp_path: Path) -> None:
+    hub.repositories["lab/tiny"] = {"main": repository}
+    code = """
+import torch
+from collie_core import AutoModelForCausalLM, AutoTokenizer
+ids = AutoTokenizer.from_pretrained('lab/tiny')('What does it return?')['input_ids']
+print(AutoModelForCausalLM.from_pretrained('lab/tiny')(torch.tensor([ids])).logits[0, -1].argmax().item())
+"""
+    found = int(finish(start(hub, tmp_path / "cache", code)))
+    ids = AutoTokenizer.from_pretrained(repository)("What does it return?")["input_ids"]
+    logits = AutoModelForCausalLM.from_pretrained(repository)(torch.tensor([ids])).logits
+    assert found == int(logits[0, -1].argmax())
 
 
 def test_revisions_and_bin(hub: Hub, repository: Path, tmp_path: Path) -> None:
@@ -176,25 +195,25 @@ def test_revisions_and_bin(hub: Hub, repository: Path, tmp_path: Path) -> None:
     for path in repository.iterdir():
         if path.suffix in (".json", ".bin"):
             (other / path.name).write_bytes(path.read_bytes())
-    weights = {name: tensor * 2 for name, tensor in load_file(repository / "model.safetensors").items()}
-    torch.save(weights, other / "pytorch_model.bin")
     hub.repositories["lab/tiny"] = {"main": repository, "v2": other}
     cache = tmp_path / "cache"
-    processes = [start(hub, cache, LOAD.format(text)) for text in ("", ", revision='v2'")]
-    assert len({finish(process) for process in processes}) == 2
-    assert hub.fetched["pytorch_model.bin"] == 1
-    assert finish(start(hub, cache, LOAD.format(", revision='v2'"), offline=True))
+    code = "print(sorted(p.name for p in resolve('lab/tiny', 'v2').iterdir()))"
+    found = finish(start(hub, cache, code))
+    assert "pytorch_model.bin" in found and "safetensors" not in found
+    assert "model.safetensors" in finish(start(hub, cache, code.replace(", 'v2'", "")))
+    assert hub.fetched["pytorch_model.bin"] == hub.fetched["model.safetensors"] == 1
+    assert finish(start(hub, cache, code, offline=True)) == found
 
 
 def test_errors_name_id_and_cache(hub: Hub, repository: Path, tmp_path: Path) -> None:
     hub.repositories["lab/tiny"] = {"main": repository}
     cache = tmp_path / "cache"
-    load = "AutoModelForCausalLM.from_pretrained('lab/absent')"
+    absent = "resolve('lab/absent')"
     processes = {
-        "absent": start(hub, cache, load),
-        "offline": start(hub, cache, load, offline=True),
-        "away": start(None, cache, load),
-        "revision": start(hub, cache, LOAD.format(", revision='v9'")),
+        "absent": start(hub, cache, absent),
+        "offline": start(hub, cache, absent, offline=True),
+        "away": start(None, cache, absent),
+        "revision": start(hub, cache, "resolve('lab/tiny', 'v9')"),
     }
     errors = {name: error_of(process) for name, process in processes.items()}
     assert all("CheckpointError: lab/" in error and "no such folder" in error for error in errors.values())

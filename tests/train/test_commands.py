@@ -362,3 +362,15 @@ def test_tied_embeddings_stay_tied(tiny_llama: Path, data_file: Path, tmp_path: 
     assert largest_difference(weights(tmp_path / "lomo"), weights(tmp_path / "sgd")) < 1e-6
     stock = LlamaForCausalLM.from_pretrained(tmp_path / "lomo" / "model", dtype=torch.float32)
     assert stock.lm_head.weight is stock.model.embed_tokens.weight
+
+
+def test_profile_writes_a_trace(
+    tiny_llama: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config(tiny_llama, data_file, tmp_path / "out").to_mapping()))
+    summary = json.loads(out_of(capsys, "train", str(path), "--profile", "2", "--json"))
+    assert summary["step"] == 10 and Path(summary["model"]).is_dir()
+    events = json.loads((tmp_path / "out" / "profile" / "trace.json").read_text())["traceEvents"]
+    assert any("scaled_dot_product" in event.get("name", "") for event in events)
+    assert main(["train", str(path), "--profile", "0"]) == 2
