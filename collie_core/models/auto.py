@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from collie_core.models.causal_lm import AdoptedCausalLM, CausalLM, Origin
+from collie_core.models.causal_lm import CausalLM, Origin, adopt
 from collie_core.models.initialise import initialise
 from collie_core.models.provider import SelectedProvider, provider_for, read_hf_config, select_provider
 from collie_core.models.sources import load_selected, locate
@@ -96,7 +96,6 @@ def _ops(config: CollieConfig | None, use_flash: UseFlash | None) -> Ops:
 def _build(selected: SelectedProvider, ops: Ops, path: Path | None) -> CausalLM:
     """The module on meta, with the methods of `CausalLM` whatever its class."""
     with torch.device("meta"):
-        module = selected.provider.build(selected.config, ops)
-        model = module if isinstance(module, CausalLM) else AdoptedCausalLM(module)
+        model = adopt(selected.provider.build(selected.config, ops))
     model.origin = Origin(selected.provider, selected.config, selected.hf_config, path)
     return model

@@ -147,11 +147,15 @@ class CausalLM(nn.Module):
         return self.origin
 
 
-class AdoptedCausalLM(CausalLM):
-    """A module of another class, given the methods of `CausalLM`.
+def adopt(module: nn.Module) -> CausalLM:
+    """A module of any class with the methods of `CausalLM`; it keeps its class's name, for messages."""
+    if isinstance(module, CausalLM):
+        return module
+    return type(type(module).__name__, (_Adopted,), {})(module)
 
-    It shares the module's registries, so parameters keep their names and later changes are seen by both.
-    """
+
+class _Adopted(CausalLM):
+    """Shares the registries of a module: parameters keep their names, and both see later changes."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

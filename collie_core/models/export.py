@@ -61,13 +61,14 @@ def export_pretrained(
     """
     if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: expected a new or empty folder, and it is not empty")
-    rules, written_config = provider.weight_map(config), dict(hf_config)
+    rules, written_config = list(provider.weight_map(config)), dict(hf_config)
     if relative is not None:
         known = provider.export_as
         if relative not in known:
             names = ", ".join(known) or "none"
             raise ConfigError(f"cannot export as {relative!r}{nearest(relative, known)} (known: {names})")
-        rules, written_config = known[relative].weight_map(config), known[relative].config(hf_config)
+        rules = list(known[relative].weight_map(config))
+        written_config = known[relative].config(hf_config)
     in_place = folder.is_dir()
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder / ".saving" if in_place else folder.with_name(f".{folder.name}.saving")

@@ -42,7 +42,7 @@ def load_weights(
     a wrong shape, before any is read; PluginError where the weight map does not fit the module.
     """
     slots = Slots(model)
-    rules = _match(slots, rules, reader, complete=initialise is None)
+    rules = _match(slots, list(rules), reader, complete=initialise is None)
     position = {name: number for number, name in enumerate(reader)}
     copies = [rule for rule in rules if slots.is_copy(rule)]
     for rule in sorted(

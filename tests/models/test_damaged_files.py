@@ -162,7 +162,7 @@ def shard(folder: Path) -> Path:
     """The model in two shards; returns the index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(2):
         part = dict(list(tensors.items())[number::2])
         save_file(part, folder / f"model-0000{number + 1}-of-00002.safetensors")

@@ -245,5 +245,5 @@ def test_its_refusals_name_the_file(install: Install, folder: Path) -> None:
 
 def test_a_class_takes_its_own_family_alone(install: Install, folder: Path) -> None:
     install()
-    with pytest.raises(ConfigError, match="describes a .*, not a LlamaForCausalLM"):
+    with pytest.raises(ConfigError, match="describes a Model, not a LlamaForCausalLM"):
         LlamaForCausalLM.from_pretrained(folder)

@@ -157,7 +157,7 @@ def test_draws_follow_the_distribution_of_transformers(model: CausalLM, options:
     if "top_p" in options:
         processors.append(TopPLogitsWarper(options["top_p"]))
     logits = model(prompt).logits[:, -1].detach()
-    expected = processors(prompt, logits).softmax(-1)[0]
+    expected = processors(prompt, logits).softmax(-1)[0]  # type: ignore[arg-type]
     draws = 4000
     found = model.generate(
         prompt.expand(draws, -1), max_new_tokens=1, do_sample=True, eos_token_id=-1, seed=0, **options
@@ -169,10 +169,10 @@ def test_draws_follow_the_distribution_of_transformers(model: CausalLM, options:
 
 
 def test_stop_strings_end_a_row(model: CausalLM, folder: Path) -> None:
-    tokenizer = StockTokenizer.from_pretrained(folder)
+    tokenizer: Any = StockTokenizer.from_pretrained(folder)
     ids, _ = prompts()
     free = model.generate(ids[:1], max_new_tokens=20, eos_token_id=-1)[0, 9:]
-    stop = tokenizer.decode(free[4:7])
+    stop: str = tokenizer.decode(free[4:7])
     before = next(n for n in range(1, 21) if stop in tokenizer.decode(free[:n]))
     found = model.generate(
         ids[:1],
@@ -182,7 +182,7 @@ def test_stop_strings_end_a_row(model: CausalLM, folder: Path) -> None:
         tokenizer=tokenizer,
     )
     assert found[0, 9:].tolist() == free[:before].tolist()
-    prompt_text = tokenizer.decode(ids[0, 3:6])  # a stop string in the prompt stops nothing
+    prompt_text: str = tokenizer.decode(ids[0, 3:6])  # a stop string in the prompt stops nothing
     if prompt_text not in tokenizer.decode(free):
         again = model.generate(
             ids[:1], max_new_tokens=20, eos_token_id=-1, stop_strings=[prompt_text], tokenizer=tokenizer

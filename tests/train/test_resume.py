@@ -26,7 +26,7 @@ CHANGES: dict[str, Any] = {
     "optimizer": {"name": "adalomo", "lr": 0.01},
     "schedule": {"name": "cosine", "warmup_steps": 3},
     "data": {"max_length": 96, "packing": True},
-    "train": {"micro_batch_size": 1, "gradient_accumulation_steps": 2, "epochs": 3},
+    "train": {"micro_batch_size": 1, "gradient_accumulation_steps": 2, "epochs": 3, "deterministic": True},
     "checkpoint": {"every_steps": 2},
     "seed": 7,
 }
