@@ -67,9 +67,11 @@ class SafetensorsWriter:
         path: str | os.PathLike[str],
         specs: Mapping[str, TensorSpec],
         metadata: Mapping[str, str] | None = None,
+        digest: bool = True,
     ) -> None:
         """Create the file and write its header; `metadata` defaults to {"format": "pt"}.
 
+        digest: compute the sha256, which is most of the time where the disk is fast.
         Raises TypeError for a dtype that the format does not have, OSError where the file cannot be written.
         """
         self.path = Path(path)
@@ -83,6 +85,7 @@ class SafetensorsWriter:
             self._size += _num_bytes(self._specs[name])
         self._pending = set(self.names)
         self._hash = hashlib.sha256(header)
+        self._digest = digest
         self._hashed = len(header)  # everything before this offset is in the hash
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
         self._file = open(self.path, "wb+")  # noqa: SIM115  # closed by close or abort
@@ -114,17 +117,17 @@ class SafetensorsWriter:
     def close(self) -> tuple[str, int]:
         """Flush the file to the disk; returns (sha256 in hexadecimal, size in bytes).
 
-        Raises ValueError if a tensor was not written.
+        The sha256 is "" without `digest`.  Raises ValueError if a tensor was not written.
         """
         if self._pending:
             raise ValueError(f"{self.path}: tensors never written: {', '.join(sorted(self._pending))}")
         self._hasher.shutdown()
         self._file.flush()
-        if self._hashed < self._size:
+        if self._digest and self._hashed < self._size:
             self._hash_rest()
         os.fsync(self._file.fileno())
         self._file.close()
-        return self._hash.hexdigest(), self._size
+        return self._hash.hexdigest() if self._digest else "", self._size
 
     def abort(self) -> None:
         """Close and remove the unfinished file."""
@@ -145,7 +148,7 @@ class SafetensorsWriter:
             self.close()
 
     def _write_chunk(self, chunk: memoryview, in_order: bool) -> None:
-        if not in_order:
+        if not in_order or not self._digest:
             self._file.write(chunk)
             return
         if len(chunk) < _INLINE_BYTES:

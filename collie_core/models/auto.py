@@ -38,7 +38,8 @@ class AutoModelForCausalLM:
         dtype: of the weights; None: config.model.dtype, without a config float32.  use_flash: None: the
         config's, else false.  provider: a model plugin's name, instead of the checkpoint's model_type.
         With a config whose dp_size * tp_size * pp_size is above 1 the module stays on meta, remembering its
-        folder, for the Trainer to prepare.
+        folder, for the Trainer to prepare.  Weights stored in the wanted dtype are pages of their file: they
+        are read when they are used, and the file may be replaced or deleted, but not written into, meanwhile.
         Raises CheckpointError, ConfigError or PluginError, each naming file and key or tensors.
         """
         ops = _ops(config, use_flash)
@@ -48,7 +49,7 @@ class AutoModelForCausalLM:
         selected = select_provider(path, provider=provider, revision=revision)
         model = _build(selected, ops, selected.path)
         if config is None or config.dp_size * config.tp_size * config.pp_size == 1:
-            load_selected(model, selected, device="cpu", dtype=dtype or torch.float32)
+            load_selected(model, selected, device="cpu", dtype=dtype or torch.float32, map_files=True)
         return model
 
     @classmethod

@@ -43,6 +43,7 @@ class Reader(Protocol):
     def file(self, name: str) -> Path: ...
     def get(self, name: str) -> Tensor: ...
     def read_into(self, name: str, out: Tensor) -> None: ...
+    def mapped(self, name: str) -> Tensor | None: ...
 
 
 class CheckpointReader:
@@ -83,6 +84,10 @@ class CheckpointReader:
         """Copy the tensor into `out`."""
         out.copy_(self.get(name))
 
+    def mapped(self, name: str) -> Tensor | None:
+        """None: a checkpoint may be deleted or replaced while its tensors are in use."""
+        return None
+
 
 def locate(path: str | Path, revision: str | None = None, weights: bool = True) -> ModelSource:
     """The model that `path` names: of a run folder the export or, where that is newer, the last checkpoint.
@@ -109,6 +114,7 @@ def load_selected(
     device: torch.device | str,
     dtype: torch.dtype | None,
     initialise: Callable[[str, Tensor], None] | None = None,
+    map_files: bool = False,
 ) -> None:
     """Give `model` the weights of the source that was selected; see `load_weights`."""
     if selected.checkpoint is None:
@@ -118,7 +124,7 @@ def load_selected(
         reader = CheckpointReader(selected.checkpoint)
         rules = [Rename(f"model.{name}", name) for name in Slots(model).tensors]
         rules += [Ignore("optimizer.*"), Ignore("layout.*")]
-    load_weights(model, rules, reader, device=device, dtype=dtype, initialise=initialise)
+    load_weights(model, rules, reader, device=device, dtype=dtype, initialise=initialise, map_files=map_files)
 
 
 def stream_parameters(

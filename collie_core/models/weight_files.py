@@ -1,7 +1,7 @@
 """Weight files of a folder in Hugging Face layout: read tensor by tensor, written as they come.
 
-Files are read, not mapped: mapped pages count as resident memory, and a mapped file that is overwritten
-changes the tensors.  Nothing is ever unpickled but by `torch.load(weights_only=True)`.
+Reading copies: pages of a mapped file would count as resident memory beside the tensors made from them.
+`mapped` gives tensors that are the file's pages.  Nothing is unpickled but by torch.load(weights_only=True).
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from collie_core.safetensors_writer import DTYPES, SafetensorsWriter, TensorSpec
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
-_CHUNK_BYTES = 16 * 2**20
+_CHUNK_BYTES = 2 * 2**20  # fits a cache
 _MAPPED_BYTES = 64 * 2**20  # of a .bin, before it is mapped anew
 _MAX_HEADER_BYTES = 100 * 2**20  # as in the safetensors library
 
@@ -49,8 +50,10 @@ class WeightReader:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Read the headers.  Raises CheckpointError naming a file that is missing, damaged or unsafe."""
         self.folder = Path(folder)
-        self._mapped: tuple[Path, dict[str, Tensor]] | None = None
-        self._mapped_bytes = 0
+        self._bin: tuple[Path, dict[str, Tensor]] | None = None
+        self._bin_bytes = 0
+        self._bin_lock = threading.Lock()
+        self._maps: dict[Path, torch.UntypedStorage] = {}
         self._stored: dict[str, StoredTensor] = {}
         expected: dict[str, str] = {}
         for path in self._files(expected):
@@ -119,6 +122,24 @@ class WeightReader:
             if flat is not out:
                 out.copy_(flat)
 
+    def mapped(self, name: str) -> Tensor | None:
+        """The tensor as pages of its file, read when they are used; writing to it changes a private copy.
+
+        None where that cannot be: in a .bin, whose tensors may share memory, and at odd places of a file.
+        The tensor must not outlive the file's contents: replacing the file is safe, writing into it is not.
+        """
+        stored = self._stored[name]
+        size = math.prod(stored.shape) * stored.dtype.itemsize
+        if stored.offset < 0 or stored.offset % stored.dtype.itemsize or size == 0:
+            return None
+        if stored.file not in self._maps:
+            length = stored.file.stat().st_size
+            self._maps[stored.file] = cast(
+                torch.UntypedStorage, torch.UntypedStorage.from_file(str(stored.file), False, length)
+            )
+        pages = self._maps[stored.file][stored.offset : stored.offset + size]
+        return torch.asarray(pages, dtype=torch.uint8).view(stored.dtype).view(stored.shape)
+
     def _files(self, expected: dict[str, str]) -> list[Path]:
         """The weight files; of shards, `expected` is filled with tensor name -> file name."""
         for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (BIN, BIN_INDEX)):
@@ -137,16 +158,17 @@ class WeightReader:
 
     def _bin_header(self, path: Path) -> dict[str, StoredTensor]:
         tensors = _load_bin(path)
-        self._mapped, self._mapped_bytes = (path, tensors), 0
+        self._bin, self._bin_bytes = (path, tensors), 0
         return {name: StoredTensor(path, tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
     def _from_bin(self, name: str) -> Tensor:
         path = self._stored[name].file
-        if self._mapped is None or self._mapped[0] != path or self._mapped_bytes > _MAPPED_BYTES:
-            self._mapped = None  # before the next is mapped
-            self._mapped, self._mapped_bytes = (path, _load_bin(path)), 0
-        tensor = self._mapped[1][name]
-        self._mapped_bytes += tensor.numel() * tensor.element_size()
+        with self._bin_lock:
+            if self._bin is None or self._bin[0] != path or self._bin_bytes > _MAPPED_BYTES:
+                self._bin = None  # before the next is mapped
+                self._bin, self._bin_bytes = (path, _load_bin(path)), 0
+            tensor = self._bin[1][name]
+            self._bin_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
 
@@ -260,7 +282,7 @@ def write_safetensors_sharded(
             number = shard_of[name]
             if number not in writers:
                 shard = {key: specs[key] for key in shards[number]}
-                writers[number] = SafetensorsWriter(folder / names[number], shard)
+                writers[number] = SafetensorsWriter(folder / names[number], shard, digest=False)
             writers[number].write(name, tensor)
             left[number] -= 1
             if left[number] == 0:

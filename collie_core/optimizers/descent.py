@@ -34,6 +34,15 @@ def descend(
         rounding_triton.descend(
             target, direction, finite, rate, decay, loss_scale, clip_value, grad_scale, place
         )
+    elif target.device.type == "cpu" and target.dtype == torch.float32:
+        if bool(finite):  # asking costs nothing on the CPU: 1.4 against 3.9 ms for 8.8 M parameters
+            if isinstance(decay, Tensor) or decay:
+                target.mul_(1.0 - decay)
+            g = scaled_gradient(direction, loss_scale, grad_scale, clip_value)
+            if isinstance(rate, Tensor):
+                target.addcmul_(g, rate, value=-1.0)
+            else:
+                target.add_(g, alpha=-rate)
     else:
         scalars = (finite, rate, decay, loss_scale, grad_scale, clip_value)
         update_elements(target, _descended, [direction], scalars, source)

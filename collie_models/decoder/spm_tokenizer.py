@@ -61,10 +61,12 @@ def backend_tokenizer(proto: Any, legacy: bool = True) -> Tokenizer:
             steps.append(normalizers.Replace("\r\n", "\n\n"))  # it would take the two as one character
         steps.append(charsmap)
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
+        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex("\\A "), "")]
     if spec.add_dummy_prefix and legacy:
         steps.append(normalizers.Prepend(_SPACE))
     steps.append(normalizers.Replace(" ", _SPACE))
+    if spec.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex(f"{_SPACE}+\\z"), ""))
     tokenizer.normalizer = normalizers.Sequence(steps)
     if spec.add_dummy_prefix and not legacy:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
@@ -72,7 +74,15 @@ def backend_tokenizer(proto: Any, legacy: bool = True) -> Tokenizer:
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *_strip(proto, legacy)]
     )
     user_defined = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in user_defined])
+    # sentencepiece looks for them in the normalised text, where no space is left; a dummy prefix would
+    # become part of what is looked for
+    tokenizer.add_tokens(
+        [
+            AddedToken(piece, normalized=not spec.add_dummy_prefix)
+            for piece in user_defined
+            if " " not in piece
+        ]
+    )
     return tokenizer
 
 

@@ -92,7 +92,8 @@ class Implementation:
             optimizer.zero_grad()
             loss = self.training_loss(inputs, labels)
             loss.backward()
-            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])))
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norms.append(float(torch.nn.utils.get_total_norm(grads)))
             optimizer.step()
             losses.append(float(loss.detach()))
         return losses, norms
