@@ -48,9 +48,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = No
     """torch's fused attention.  No mask is made where causality alone decides (no packing, no padding)."""
     queries, keys = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    if _only_causal(ctx) and queries in (1, keys):
-        causal = queries > 1  # one query sees every key
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+    if _only_causal(ctx) and queries == 1:  # it sees every key
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    if _only_causal(ctx) and queries == keys:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     if grouped:  # the CUDA kernels that take a mask do not take grouped heads
         k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(ctx, queries, keys), scale=scale)
