@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,9 +59,17 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        return _loop(model, input_ids, attention_mask, max_new_tokens, choose, stopped, pad, streamer)
+        with _as_written():
+            return _loop(model, input_ids, attention_mask, max_new_tokens, choose, stopped, pad, streamer)
     finally:
         model.train(was_training)
+
+
+def _as_written() -> AbstractContextManager[Any]:
+    """Compiled blocks run uncompiled: a growing cache would have them compiled anew again and again."""
+    if "torch._dynamo" in sys.modules:  # importing it takes a second, and without it nothing is compiled
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def _loop(

@@ -48,17 +48,21 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = No
     """torch's fused attention.  No mask is made where causality alone decides (no packing, no padding)."""
     queries, keys = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    if _only_causal(ctx) and queries == 1:  # it sees every key
+    causal = _only_causal(ctx) and (queries == 1 or queries == keys)
+    if grouped and q.is_cuda and (not causal or q.dtype == torch.float32):
+        # grouped heads are taken by FlashAttention and cuDNN alone, which take no mask and no fp32
+        k, v, grouped = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1]), False
+    if causal and queries == 1:  # it sees every key
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-    if _only_causal(ctx) and queries == keys:
+    if causal:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    if grouped:  # the CUDA kernels that take a mask do not take grouped heads
-        k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(ctx, queries, keys), scale=scale)
+    mask = dense_mask(ctx, queries, keys)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 def sdpa_without_flash(q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None) -> Tensor:
     """`sdpa` on CUDA with every kernel but FlashAttention and cuDNN."""
+    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return sdpa(q, k, v, ctx, scale)
 

@@ -43,13 +43,17 @@ class Context:
         position_ids: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Context:
-        """The context of a batch; positions count over the whole row unless `position_ids` says otherwise.
+        """The context of a batch.  Positions count over the whole row, in packed rows over each record,
+        unless `position_ids` says otherwise.
 
         attention_mask is (B, K), 1 or true for a token; where all are tokens it is dropped, which waits for
         the device.  Training says what is padding by `segments`, which never does.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+            if segments is not None:
+                begins = segments != segments.roll(1, 1)
+                position_ids = position_ids - (begins * position_ids).cummax(1).values
         if attention_mask is not None:
             attention_mask = attention_mask.to(device=input_ids.device, dtype=torch.bool)
             if bool(attention_mask.all()):

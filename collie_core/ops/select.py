@@ -60,7 +60,7 @@ def _choose_attention(name: str, use_flash: bool | Literal["auto"], device: torc
             raise ConfigError(f"use_flash: true, but {problem}; use auto or false")
         if name not in ("auto", "sdpa"):
             raise ConfigError(f"use_flash: true, but ops.attention: {name} does not use FlashAttention")
-    if name != "auto":
+    if name not in ("auto", "sdpa"):
         return name
     return "sdpa_without_flash" if use_flash is False and device.type == "cuda" else "sdpa"
 

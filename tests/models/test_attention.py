@@ -162,6 +162,14 @@ def test_scale_and_dtype() -> None:
         torch.testing.assert_close(out.float(), mean, atol=2e-2, rtol=2e-2)
 
 
+def test_positions_restart_at_each_record() -> None:
+    segments = torch.tensor([[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+    found = Context.build(ids(2, 8), segments=segments).positions
+    assert found.tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], list(range(8))]
+    given = torch.zeros(2, 8, dtype=torch.int64)
+    assert Context.build(ids(2, 8), position_ids=given, segments=segments).positions is given
+
+
 def test_a_mask_of_ones_is_no_mask() -> None:
     assert Context.build(ids(2, 4), attention_mask=torch.ones(2, 4)).attention_mask is None
 

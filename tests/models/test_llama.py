@@ -166,6 +166,8 @@ def test_all_blocks_compile_to_one_graph(tmp_path: Path) -> None:
     for length in range(5, 12):  # a second graph serves every other length
         model(ids(2, length), labels=ids(2, length)).loss.backward()
     assert len(graphs) == 2
+    row = model.generate(ids()[:1], max_new_tokens=5, eos_token_id=-1)
+    assert row.shape == (1, 17) and len(graphs) == 2  # generation compiles nothing
     segments = torch.ones_like(ids())
     segments[:, 6:] = 2
     for _ in range(2):
