@@ -15,7 +15,7 @@ from collie_models.decoder.model import Decoder
 from collie_models.decoder.rope_scaling import Dynamic, LongRope
 from collie_models.decoder.rotary import Rotary
 
-NAMES = sorted(set(IMPLEMENTATIONS) - {"sdpa_without_flash"})  # a choice of CUDA kernels
+NAMES = sorted(IMPLEMENTATIONS)
 
 
 def make(name: str, heads: int = 4, kv_heads: int = 2, rotary: Rotary | None = None) -> CausalLM:
