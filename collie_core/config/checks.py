@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,7 +33,9 @@ MAY_DIFFER: tuple[Key, ...] = (
 
 def processes() -> int:
     """Number of processes of this job, as torchrun or srun say it."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    from collie_core.launch.world import current_world
+
+    return current_world().size
 
 
 def accumulation_steps(config: CollieConfig) -> int:
