@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 _SPACE = "▁"
 _BPE, _USER_DEFINED, _NORMAL = 2, 4, 1  # of sentencepiece's ModelProto
-_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+#: a way to end or begin a text, and a pair of texts, with special tokens: see `fast_tokenizer`
+Around = tuple[list[str], list[str]]
 
 
 def read_sentencepiece(path: Path) -> Any:
@@ -37,15 +39,20 @@ def read_sentencepiece(path: Path) -> Any:
     return proto
 
 
-def backend_tokenizer(proto: Any, legacy: bool = True) -> Tokenizer:
+def backend_tokenizer(
+    proto: Any, legacy: bool = True, names: Mapping[int, str] | None = None, silent: Sequence[str] = ()
+) -> Tokenizer:
     """A `tokenizers.Tokenizer` with the ids of the sentencepiece model.
 
     legacy: every piece of text between special tokens gets the dummy prefix; else only the first does.
+    names: other names for some ids, or names for ids after the model's, which no text is split into.
+    silent: tokens that are nothing in decoded text, which then loses its dummy prefix alone.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     spec = proto.normalizer_spec
-    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    pieces = {index: piece.piece for index, piece in enumerate(proto.pieces)} | dict(names or {})
+    vocab = {piece: index for index, piece in pieces.items()}
     bpe = models.BPE(
         vocab=vocab,
         merges=_merges(proto, vocab),
@@ -70,10 +77,14 @@ def backend_tokenizer(proto: Any, legacy: bool = True) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence(steps)
     if spec.add_dummy_prefix and not legacy:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *_strip(proto, legacy)]
-    )
-    user_defined = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    unheard = [decoders.Replace(Regex("\\A" + re.escape(token) + "\\z"), "") for token in silent]
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*unheard, *steps, *_strip(proto, legacy and not silent)])
+    user_defined = [
+        piece.piece
+        for index, piece in enumerate(proto.pieces)
+        if piece.type == _USER_DEFINED and pieces[index] == piece.piece
+    ]
     # sentencepiece looks for them in the normalised text, where no space is left; a dummy prefix would
     # become part of what is looked for
     tokenizer.add_tokens(
@@ -122,30 +133,35 @@ def _strip(proto: Any, legacy: bool) -> list[Any]:
 
 
 def fast_tokenizer(
-    folder: Path, backend: Tokenizer, settings: Mapping[str, Any], padding_side: str = "left"
+    folder: Path,
+    backend: Tokenizer,
+    settings: Mapping[str, Any],
+    padding_side: str = "left",
+    pair: Around | None = None,
+    cls: type[PreTrainedTokenizerFast] | None = None,
+    **options: Any,
 ) -> PreTrainedTokenizerFast:
     """The backend with transformers' interface, special and added tokens, and chat template of the folder.
 
-    settings: the contents of tokenizer_config.json.
+    settings: the contents of tokenizer_config.json.  pair: tokens between and after the two texts of a pair;
+    None: each is treated like a single text.  cls: made with these options; None: the stock class.
     """
-    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    _add_tokens(folder, backend, settings)
-    named = {key: token_text(settings.get(key)) for key in _NAMED}
+    add_tokens(folder, backend, settings)
+    named = {key: token_text(settings.get(key)) for key in NAMED}
     bos, eos = named["bos_token"], named["eos_token"]
     before = [bos] if bos and settings.get("add_bos_token", True) else []
     after = [eos] if eos and settings.get("add_eos_token", False) else []
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*before, "$A", *after],
-        pair=[*before, "$A", *after, *(f"{token}:1" for token in [*before, "$B", *after])],
-        special_tokens=[(token, backend.token_to_id(token)) for token in [*before, *after]],
-    )
+    if pair is None:
+        pair = ([*after, *before], after)
+    backend.post_processor = surround(backend, before, after, pair)
     others = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
     known = {token: value for token, value in named.items() if value is not None}
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = (cls or PreTrainedTokenizerFast)(
         tokenizer_object=backend,
         **known,
+        **options,
         extra_special_tokens=[token_text(token) for token in others],
         model_max_length=settings.get("model_max_length") or int(1e30),
         padding_side=settings.get("padding_side") or padding_side,
@@ -154,6 +170,19 @@ def fast_tokenizer(
     tokenizer.chat_template = chat_template(folder, settings)
     tokenizer.name_or_path = str(folder)
     return tokenizer
+
+
+def surround(backend: Tokenizer, before: list[str], after: list[str], pair: Around) -> Any:
+    """A post-processor that puts tokens around single texts, and between and after the texts of a pair."""
+    from tokenizers import processors
+
+    between, end = pair
+    names = dict.fromkeys([*before, *after, *between, *end])
+    return processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *between, *(f"{token}:1" for token in ["$B", *end])],
+        special_tokens=[(name, backend.token_to_id(name)) for name in names],
+    )
 
 
 def token_text(token: Any) -> str | None:
@@ -187,7 +216,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _add_tokens(folder: Path, backend: Tokenizer, settings: Mapping[str, Any]) -> None:
+def add_tokens(folder: Path, backend: Tokenizer, settings: Mapping[str, Any]) -> None:
     """Tokens beyond the sentencepiece model, under the ids that the folder's files give them."""
     from tokenizers import AddedToken
 
@@ -197,7 +226,10 @@ def _add_tokens(folder: Path, backend: Tokenizer, settings: Mapping[str, Any]) -
     }
     stated = [(index, token) for index, token in (settings.get("added_tokens_decoder") or {}).items()]
     stated += [(t["id"], t) for t in read_json(folder / "tokenizer.json").get("added_tokens") or []]
+    known = backend.get_added_tokens_decoder()  # the sentencepiece model's own
     for index, token in stated:
+        if not token.get("special") and int(index) in known:
+            continue
         flags = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "special") if key in token}
         # matched in the raw text, so that each piece between them is normalised by itself
         tokens[int(index)] = AddedToken(token["content"], normalized=False, **flags)
