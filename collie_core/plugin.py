@@ -15,7 +15,7 @@ from collie_core.models.weight_map import (
     Transpose,
     WeightRule,
 )
-from collie_core.ops import Context, Ops
+from collie_core.ops import Context, Ops, Scores
 from collie_core.ops.rounding import Noise, round_to
 from collie_core.optimizers.descent import descend
 from collie_core.optimizers.gradients import scaled_gradient
@@ -43,6 +43,7 @@ __all__ = [
     "Rename",
     "Run",
     "RunFailed",
+    "Scores",
     "Split",
     "Transpose",
     "WeightRule",

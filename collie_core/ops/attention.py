@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,6 +13,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from collie_core.ops.context import Context
 
 
+@dataclass(frozen=True)
+class Scores:
+    """How scores become weights, where a model departs from the softmax of what is visible.
+
+    window: a query sees itself and the window - 1 positions before it (Beltagy et al. 2020, arXiv
+    2004.05150).  softcap: scores become c tanh(score / c) (Gemma 2, arXiv 2408.00118, section 2).
+    dropout: the share of weights that is dropped, the others being scaled up.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    dropout: float = 0.0
+
+
+PLAIN = Scores()
+
+
 class Attention(Protocol):
     """An implementation: q (B, H, S, D), k and v (B, H_kv, K, D) -> (B, H, S, D), in the dtype of q.
 
@@ -20,51 +38,81 @@ class Attention(Protocol):
     """
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ctx: Context,
+        scale: float | None = None,
+        scores: Scores = PLAIN,
     ) -> Tensor: ...
 
 
 def cached(implementation: Attention) -> Attention:
     """`implementation` on the new keys and values together with those in `ctx.cache`, if there is one."""
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None) -> Tensor:
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ctx: Context,
+        scale: float | None = None,
+        scores: Scores = PLAIN,
+    ) -> Tensor:
         if ctx.cache is not None:
             k, v = ctx.cache.append(k, v)
-        return implementation(q, k, v, ctx, scale)
+        if scores.softcap is not None:  # no fused kernel of torch computes it
+            return reference(q, k, v, ctx, scale, scores)
+        return implementation(q, k, v, ctx, scale, scores)
 
     return attention
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None) -> Tensor:
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None, scores: Scores = PLAIN
+) -> Tensor:
     """Softmax of scaled scores, in fp32 (Vaswani et al. 2017, eq. 1): the oracle of the others."""
     k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
-    visible = dense_mask(ctx, q.shape[2], k.shape[2])
-    return (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v.float()).to(q.dtype)
+    raw = (q.float() @ k.float().transpose(-1, -2)) * scale
+    if scores.softcap is not None:
+        raw = scores.softcap * torch.tanh(raw / scores.softcap)
+    visible = dense_mask(ctx, q.shape[2], k.shape[2], scores.window)
+    weights = F.dropout(raw.masked_fill(~visible, -torch.inf).softmax(-1), scores.dropout)
+    return (weights @ v.float()).to(q.dtype)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None) -> Tensor:
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None, scores: Scores = PLAIN
+) -> Tensor:
     """torch's fused attention.  No mask is made where causality alone decides (no packing, no padding)."""
     queries, keys = q.shape[2], k.shape[2]
+    window = scores.window if scores.window is not None and scores.window < keys else None
     grouped = q.shape[1] != k.shape[1]
-    causal = _only_causal(ctx) and (queries == 1 or queries == keys)
+    causal = _only_causal(ctx) and window is None and (queries == 1 or queries == keys)
     if grouped and q.is_cuda and (not causal or q.dtype == torch.float32):
         # grouped heads are taken by FlashAttention and cuDNN alone, which take no mask and no fp32
         k, v, grouped = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1]), False
+    dropout = scores.dropout
     if causal and queries == 1:  # it sees every key
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, enable_gqa=grouped)
     if causal:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    mask = dense_mask(ctx, queries, keys)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
+        )
+    mask = dense_mask(ctx, queries, keys, window)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
+    )
 
 
-def sdpa_without_flash(q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None) -> Tensor:
+def sdpa_without_flash(
+    q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None, scores: Scores = PLAIN
+) -> Tensor:
     """`sdpa` on CUDA with every kernel but FlashAttention and cuDNN."""
     k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return sdpa(q, k, v, ctx, scale)
+        return sdpa(q, k, v, ctx, scale, scores)
 
 
 #: Implementations by the name that `ops.attention` says.
@@ -75,13 +123,24 @@ IMPLEMENTATIONS: dict[str, Attention] = {
 }
 
 
-def dense_mask(ctx: Context, queries: int, keys: int) -> Tensor:
+def dense_mask(ctx: Context, queries: int, keys: int, window: int | None = None) -> Tensor:
     """Which key each query sees: bool (B or 1, 1, queries, keys), made once a forward pass.
 
     A query sees earlier positions and prefixes of its own record, but no padding.  Every query sees itself:
     the softmax of a padding row must not be empty, or its NaN would reach the weights in the backward pass.
     """
-    return ctx.memo("attention.dense_mask", lambda: _make_dense_mask(ctx, queries, keys))
+    if window is None:
+        return ctx.memo("attention.dense_mask", lambda: _make_dense_mask(ctx, queries, keys))
+    return ctx.memo(
+        f"attention.dense_mask.{window}",
+        lambda: dense_mask(ctx, queries, keys) & _within(window, queries, keys, ctx.input_ids.device),
+    )
+
+
+def _within(window: int, queries: int, keys: int, device: torch.device) -> Tensor:
+    """bool (queries, keys): the key is less than `window` positions before the query."""
+    key = torch.arange(keys, device=device)
+    return key[keys - queries :, None] - key < window
 
 
 def _make_dense_mask(ctx: Context, queries: int, keys: int) -> Tensor:
