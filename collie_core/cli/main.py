@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Sequence
 
 from collie_core import __version__
-from collie_core.errors import CollieError, nearest
+from collie_core.errors import nearest
+from collie_core.launch.failure import describe
 
 #: command -> what it does; the module of the same name has `add_arguments(parser)` and `run(args) -> status`
 COMMANDS = {
@@ -22,6 +23,7 @@ COMMANDS = {
     "plugins": "list the installed plugins",
     "config": "check or show a YAML file, or print the JSON schema",
     "data": "show the records of a YAML file as the model sees them",
+    "slurm": "write a job for slurm and submit it",
     "doctor": "check the installation",
 }
 
@@ -34,8 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(arguments)
         _flush_output()
         return status
-    except CollieError as error:
-        return _report(str(error), error, error.exit_status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return 141
     except Exception as error:
-        return _report(_unexpected(error), error, 1)
+        return _report(error)
 
 
 class _Stderr(logging.Handler):
@@ -103,15 +103,8 @@ def _usage() -> str:
     return "usage: collie COMMAND ...\n\n" + "\n".join(lines) + "\n\n`collie COMMAND --help` tells more."
 
 
-def _unexpected(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", []))
-    told = f"{type(error).__name__}: {error}{notes}"
-    return f"{told}\n  raised{place}; COLLIE_TRACEBACK=1 shows the whole traceback"
-
-
-def _report(message: str, error: BaseException, status: int) -> int:
+def _report(error: Exception) -> int:
+    message, status = describe(error)
     if os.environ.get("COLLIE_TRACEBACK") == "1":
         traceback.print_exception(error)
     print(f"error: {message}", file=sys.stderr)

@@ -1,10 +1,14 @@
-"""`collie train CONFIG [key.path=value ...]`"""
+"""`collie train CONFIG [--nproc N] [key.path=value ...]`"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collie_core.config.schema import CollieConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,21 +16,68 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
     parser.add_argument(
+        "--nproc", type=int, metavar="N", help="number of processes; dp_size * tp_size * pp_size says it too"
+    )
+    parser.add_argument(
         "--profile", type=int, metavar="N", help="write a trace of N steps into the output folder"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; 0 when done, 143 or 130 when a signal ended it, saved and resumable."""
+    """Train; 0 when done, 143 or 130 when a signal ended it, saved and resumable.
+
+    Outside torchrun and srun, more than one process are started here.
+    """
     from collie_core.config.load import load_config
     from collie_core.errors import UserError
+    from collie_core.launch.preflight import arithmetic, check_before_launch, check_devices, product
+    from collie_core.launch.rank import as_rank, final_status
+    from collie_core.launch.world import current_world
+
+    world = current_world()
+    if world.launcher == "none":
+        config = load_config(args.config, args.overrides)
+        _check_arguments(args)
+        processes = product(config)
+        if args.nproc not in (None, processes):
+            raise UserError(
+                f"--nproc {args.nproc}, but {arithmetic(config)}; leave --nproc out or change a size "
+                "(such as dp_size=N)"
+            )
+        if processes > 1:
+            from collie_core.launch.launcher import launch
+
+            check_before_launch(config)
+            check_devices(config)
+            return launch(_arguments(args), processes, config.train.stop_grace)
+    with as_rank(world):
+        _check_arguments(args)
+        status = _train(args, load_config(args.config, args.overrides))
+    return final_status(world, status)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    from collie_core.errors import UserError
+
+    for name in ("profile", "nproc"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: expected a whole number >= 1, got {value}")
+
+
+def _arguments(args: argparse.Namespace) -> list[str]:
+    """The command line of each process that is started."""
+    options = ["--profile", str(args.profile)] if args.profile else []
+    if args.json:
+        options.append("--json")
+    return ["-m", "collie_core", "train", args.config, *args.overrides, *options]
+
+
+def _train(args: argparse.Namespace, config: CollieConfig) -> int:
     from collie_core.train.profile import StepProfiler
     from collie_core.train.trainer import Trainer
 
-    config = load_config(args.config, args.overrides)
-    if args.profile is not None and args.profile < 1:
-        raise UserError(f"--profile: expected a number of steps >= 1, got {args.profile}")
     result = Trainer(config, callbacks=[StepProfiler(args.profile)] if args.profile else []).train()
     if args.json:
         summary = {

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -37,11 +38,11 @@ JOIN_S = 600.0
 FAILURE = "failure"
 
 
-def failure_store(store: Store) -> Store:
+def failure_store(store: Store, environ: Mapping[str, str] = os.environ) -> Store:
     """The part of the job's store where beats and the first failure are, of this start of the processes."""
     from torch.distributed import PrefixStore
 
-    return PrefixStore(f"collie/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore(f"collie/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def claim(store: Store, failure: Failure) -> Failure:
@@ -62,6 +63,7 @@ class Peers:
         self.store = self._connect()
         self._mine = failure_store(self.store)
         self._mine.set(f"who/{world.rank}", json.dumps(_identity()))
+        self._mine.add(f"beat/{world.rank}", 1)  # from here on its silence means something
         # a connection serves one call at a time, and the heart must not wait for the main thread
         self._hearts = failure_store(self._client())
         self._left = threading.Event()
@@ -84,12 +86,15 @@ class Peers:
         return self._failure is None
 
     @property
-    def status(self) -> int | None:
-        """The exit status of the job's failure, or None where there is none."""
-        return self._failure.status if self._failure else None
+    def failure(self) -> Failure | None:
+        """The job's failure, as far as this process knows."""
+        return self._failure
 
     def leave(self, error: BaseException | None) -> None:
-        """Go, when all have come here; with an error at once, or nearly, so that all can end well."""
+        """Go, when all have come here; with an error, without the others.
+
+        Who failed first stays a little, since a launcher may kill the others when it ends.
+        """
         if self._left.is_set():
             return
         if error is not None and self._failure is None:
@@ -98,7 +103,8 @@ class Peers:
         with suppress(Exception):
             self._mine.add(f"left/{self.world.rank}", 1)
             while self._waiting_for():
-                if (self._failure or error) and time.monotonic() > deadline:
+                first = self._failure is not None and self._failure.rank == self.world.rank
+                if self._failure and not (first or self._hosts) or error and time.monotonic() > deadline:
                     break
                 time.sleep(0.02)
             if self._hosts:  # the others may still be reading

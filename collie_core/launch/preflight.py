@@ -1,0 +1,56 @@
+"""What can be refused before processes are started: one message, and no time of many processes lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from collie_core.config.checks import check_config
+from collie_core.config.problems import ConfigProblems
+from collie_core.config.schema import CollieConfig
+from collie_core.errors import UserError
+
+
+def product(config: CollieConfig) -> int:
+    """The number of processes that the config's sizes make."""
+    return config.dp_size * config.tp_size * config.pp_size
+
+
+def arithmetic(config: CollieConfig) -> str:
+    """`dp_size 2 x tp_size 1 x pp_size 1 = 2`."""
+    sizes = f"dp_size {config.dp_size} x tp_size {config.tp_size} x pp_size {config.pp_size}"
+    return f"{sizes} = {product(config)}"
+
+
+def check_devices(config: CollieConfig) -> None:
+    """Refuse more processes than this machine has CUDA devices, where it has any."""
+    import torch
+
+    devices = torch.cuda.device_count()
+    if 0 < devices < product(config):
+        raise UserError(
+            f"{arithmetic(config)} processes, but this machine has {devices} CUDA device"
+            f"{'s' if devices > 1 else ''}; lower a size, or use more machines (collie slurm, torchrun)"
+        )
+
+
+def check_before_launch(config: CollieConfig) -> None:
+    """The config, its plugins and their checks, the model's config and the data files.
+
+    Raises UserErrors as the run itself would.
+    """
+    from collie_core.data.sources import open_sources, sections_of
+    from collie_core.models.provider import select_provider
+    from collie_core.train.setup import check_run
+
+    check_config(config, product(config))
+    check_run(config)
+    model = config.model
+    select_provider(model.path, provider=model.provider, revision=model.revision)
+    if config.data.train is None:
+        raise config.problems(
+            ConfigProblems([(("data", "train"), "is required to train: a file or folder of records")])
+        )
+    for split in ("train", "eval"):
+        for section in sections_of(getattr(config.data, split) or []):
+            if not Path(section.path).exists():  # a name on the hub, or a mistake that this tells
+                open_sources([section], split)
