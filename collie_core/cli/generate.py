@@ -39,12 +39,14 @@ def run(args: argparse.Namespace) -> int:
         args.model, dtype=getattr(torch, args.dtype), use_flash="auto"
     )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    ends = None
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if args.chat:
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(f"{args.model}: --chat needs a chat template, and its tokenizer has none")
         messages = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ends = getattr(tokenizer, "stop_token_ids", None)  # of the chat format, which models may not state
     else:
         ids = tokenizer(prompt)["input_ids"]
     if not ids:
@@ -57,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
         repetition_penalty=args.repetition_penalty,
+        eos_token_id=[*ends, tokenizer.eos_token_id] if ends else None,
         stop_strings=args.stop or None,
         tokenizer=tokenizer if args.stop else None,
         seed=args.seed,

@@ -1,7 +1,8 @@
 """Messages through a chat template, and which characters of the text the assistant says.
 
-The answer to messages[:i] is what the template's text for messages[:i + 1] has beyond its text for
-messages[:i] with the generation prompt, so the end-of-turn token is part of it.
+The template's own `{% generation %}` marks say it.  Without them, the answer to messages[:i] is what the
+template's text for messages[:i + 1] has beyond its text for messages[:i] with the generation prompt, so the
+end-of-turn token is part of it.
 """
 
 from __future__ import annotations
@@ -32,9 +33,15 @@ def render_conversation(messages: Any, tokenizer: Any, template: Template) -> tu
             "set data.template to chatml, vicuna or the path of a .jinja file"
         )
     text = _render(messages, tokenizer, template)
-    answers = _answers_by_prefixes(text, messages, tokenizer, template)
+    answers = _answers_by_generation_marks(text, messages, tokenizer, template)
+    answers = answers or _answers_by_prefixes(text, messages, tokenizer, template)
     if answers is None:
-        answers = _answers_by_generation_marks(text, messages, tokenizer, template)
+        raise BadRecord(
+            f"{template.name} cannot be masked",
+            ": its text of the first messages is not the beginning of its text of all, so answers cannot be "
+            "told from prompts; mark them by {% generation %} in a .jinja file, or set data.template to "
+            "chatml",
+        )
     return text[: answers[-1][1]], answers
 
 
@@ -139,32 +146,24 @@ def _around_answer(before: Any, tokenizer: Any, template: Template) -> tuple[str
     return header, ending
 
 
-def _answers_by_generation_marks(text: str, messages: Any, tokenizer: Any, template: Template) -> Ranges:
-    """Ranges that the template itself marks by `{% generation %}`, each with the special token after it."""
-    failure = BadRecord(
-        f"{template.name} cannot be masked",
-        ": its text of the first messages is not the beginning of its text of all, so answers cannot be told "
-        "from prompts; mark them by {% generation %} in a .jinja file, or set data.template to chatml",
-    )
-    marked = re.search(r"\{%-?\s*generation\s*-?%\}", template.chat or "")
-    if not marked or not getattr(tokenizer, "is_fast", False):
-        raise failure
-    encoded = tokenizer.apply_chat_template(
-        list(messages),
+def _answers_by_generation_marks(
+    text: str, messages: Any, tokenizer: Any, template: Template
+) -> Ranges | None:
+    """Ranges that the template marks by `{% generation %}`, each with the end-of-turn token after it."""
+    if not re.search(r"\{%-?\s*generation\s*-?%\}", template.chat or ""):
+        return None
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, marked = render_jinja_template(
+        conversations=[list(messages)],
         chat_template=template.chat,
-        return_dict=True,
         return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
+        **tokenizer.special_tokens_map,
     )
-    ranges: list[tuple[int, int]] = []
-    for trained, (start, end) in zip(encoded["assistant_masks"], encoded["offset_mapping"], strict=True):
-        if trained and ranges and ranges[-1][1] >= start:
-            ranges[-1] = (ranges[-1][0], end)
-        elif trained:
-            ranges.append((start, end))
-    if not ranges:
-        raise failure
-    special = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens) or "(?!)")
+    if texts[0] != text or not marked[0]:
+        return None
+    ending = [*tokenizer.all_special_tokens, *getattr(tokenizer, "stop_tokens", ())]
+    end_of_turn = re.compile("|".join(re.escape(token) for token in ending) or "(?!)")
     return tuple(
-        (start, after.end() if (after := special.match(text, end)) else end) for start, end in ranges
+        (start, after.end() if (after := end_of_turn.match(text, end)) else end) for start, end in marked[0]
     )

@@ -24,16 +24,24 @@ class Tokenize:
 
     The tokenizer is a fast one of transformers, or offers `encode_with_offsets(text) -> (ids, offsets)`,
     offsets being a (start, end) of characters for each id and (0, 0) for ids that stand for no character.
-    Raises DataError for a tokenizer that can do neither, or has no end-of-sequence token.
+    One whose model wants more than one tokenisation of the text, such as tokens between prompt and answer,
+    offers `training_tokens(text, answers, chat) -> (ids, trained)`, a bool for each id; chat: its own chat
+    template made the text.  `stop_token_ids` end an answer like the end-of-sequence token, and
+    `chat_adds_special_tokens` says that texts of its chat template get the tokens that any text gets.
+    Raises DataError for a tokenizer that gives no offsets, or has no end-of-sequence token.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._ends = {tokenizer.eos_token_id, *getattr(tokenizer, "stop_token_ids", ())}
+        self._chat_adds = bool(getattr(tokenizer, "chat_adds_special_tokens", False))
         self._name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         self._special = np.asarray(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
 
     def __call__(self, rendered: Sequence[Rendered]) -> list[Tokens | BadRecord]:
         """The tokens of each record, or what is wrong with it."""
+        if hasattr(self._tokenizer, "training_tokens"):
+            return [self._by_tokenizer(one) for one in rendered]
         encoded: dict[int, Encoded] = {}
         for complete in (False, True):
             texts = {
@@ -41,16 +49,27 @@ class Tokenize:
                 for index, one in enumerate(rendered)
                 if one.complete == complete and _encodable(one.text)
             }
-            encoded.update(zip(texts, self._encode(list(texts.values()), not complete), strict=True))
+            encoded.update(
+                zip(texts, self._encode(list(texts.values()), not complete or self._chat_adds), strict=True)
+            )
         results: list[Tokens | BadRecord] = []
         for index, one in enumerate(rendered):
             try:
                 if index not in encoded:
-                    raise BadRecord("holds half of a surrogate pair, which is no character")
+                    raise _half_a_character()
                 results.append(self._mask(one, *encoded[index]))
             except BadRecord as bad:
                 results.append(bad)
         return results
+
+    def _by_tokenizer(self, one: Rendered) -> Tokens | BadRecord:
+        if not _encodable(one.text):
+            return _half_a_character()
+        ids, trained = self._tokenizer.training_tokens(one.text, one.answers, one.complete)
+        try:
+            return self._finish(one, np.asarray(ids, dtype=np.int32), np.asarray(trained, dtype=bool))
+        except BadRecord as bad:
+            return bad
 
     def _encode(self, texts: list[str], special_tokens: bool) -> list[Encoded]:
         if not texts:
@@ -78,8 +97,12 @@ class Tokenize:
         # special tokens without characters were added by the tokenizer
         added = spans[:, 0] == spans[:, 1]
         added[added] = np.isin(tokens[added], self._special)
-        tokens, spans, added = _without_repeated_prefix(tokens, spans, added)
-        trained = trained_tokens(spans, one.answers) & ~added
+        if not one.complete:
+            tokens, spans, added = _without_repeated_prefix(tokens, spans, added)
+        return self._finish(one, tokens, trained_tokens(spans, one.answers) & ~added)
+
+    def _finish(self, one: Rendered, tokens: NDArray[np.int32], trained: NDArray[np.bool_]) -> Tokens:
+        """The record with its end trained, if its mask makes sense."""
         if not trained.any():
             raise BadRecord("has no token to train", ": no token of its answer is left by the tokenizer")
         if one.has_prompt and trained.all():
@@ -88,11 +111,15 @@ class Tokenize:
         eos = self._tokenizer.eos_token_id
         if eos is None:
             raise DataError(f"tokenizer {self._name} has no end-of-sequence token: set its eos_token")
-        if tokens[-1] == eos:
+        if int(tokens[-1]) in self._ends:
             trained[-1] = True
         else:
             tokens, trained = np.append(tokens, np.int32(eos)), np.append(trained, True)
         return Tokens(tokens, np.where(trained, tokens, np.int32(IGNORED)))
+
+
+def _half_a_character() -> BadRecord:
+    return BadRecord("holds half of a surrogate pair, which is no character")
 
 
 def trained_tokens(spans: NDArray[np.int64], answers: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:

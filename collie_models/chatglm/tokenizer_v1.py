@@ -36,7 +36,7 @@ _IMAGE = re.compile(r"<image_(\d+)>\Z")
 
 
 class ChatGLMTokenizer(PythonTokenizer):
-    """attention_mask is (batch, seq), 1 for a token, and position_ids (batch, 2, seq), as the model takes them.
+    """attention_mask is (batch, seq), 1 for a token, position_ids (batch, 2, seq), as the model takes them.
 
     full_attention_mask: give the original's attention_mask instead, (batch, 1, seq, seq), true where a token
     is not seen.

@@ -43,17 +43,16 @@ class FamilyTokenizer(PreTrainedTokenizerBase):
         vocabulary = self.get_vocab()
         return [vocabulary[token] for token in self.stop_tokens if token in vocabulary]
 
-    def apply_chat_template(
-        self, conversation: Any, *args: Any, tokenize: bool = True, **options: Any
-    ) -> Any:
+    def apply_chat_template(self, conversation: Any, *args: Any, **options: Any) -> Any:
         """As in transformers; the text of the template is tokenised as the family's original does it."""
-        if not (tokenize and self.chat_adds_special_tokens):
-            return super().apply_chat_template(conversation, *args, tokenize=tokenize, **options)
+        if not (options.get("tokenize", True) and self.chat_adds_special_tokens):
+            return super().apply_chat_template(conversation, *args, **options)
         as_dict = options.pop("return_dict", True)
         keys = ("padding", "truncation", "max_length", "return_tensors")
         calling = {key: options.pop(key) for key in keys if key in options}
         calling |= options.pop("tokenizer_kwargs", None) or {}
-        text = super().apply_chat_template(conversation, *args, tokenize=False, **options)
+        options["tokenize"] = False
+        text = super().apply_chat_template(conversation, *args, **options)
         found = self.encode_chat(text, **calling)
         return found if as_dict else found["input_ids"]
 
@@ -85,13 +84,13 @@ class FamilyTokenizer(PreTrainedTokenizerBase):
 
 
 class PythonTokenizer(FamilyTokenizer, PreTrainedTokenizer):
-    """A tokenizer in Python, for what no `tokenizers` pipeline reproduces, with the characters of its tokens."""
+    """A tokenizer in Python, for what `tokenizers` cannot do, that knows the characters of its tokens."""
 
     def pieces(self, text: str) -> list[Piece]:
         """The tokens of a text, special tokens found in it included."""
         raise NotImplementedError
 
-    def tokenize(self, text: str, **options: Any) -> list[str]:
+    def tokenize(self, text: str, *args: Any, **options: Any) -> list[str]:
         """The tokens of a text, without those that are added around it."""
         return [token for token, _, _ in self.pieces(text)]
 
@@ -104,12 +103,12 @@ class PythonTokenizer(FamilyTokenizer, PreTrainedTokenizer):
         """Every token with its id."""
         raise NotImplementedError
 
-    def _encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
+    def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **options: Any) -> BatchEncoding:
         wanted = options.get("return_offsets_mapping", False)
         if not isinstance(text, str):
-            return super()._encode_plus(text=text, text_pair=text_pair, **options)
+            return super()._encode_plus(text, text_pair, *args, **options)
         options.pop("return_offsets_mapping", None)
-        found: BatchEncoding = super()._encode_plus(text=text, text_pair=text_pair, **options)
+        found: BatchEncoding = super()._encode_plus(text, text_pair, *args, **options)
         if wanted:
             if text_pair is not None or options.get("return_tensors") is not None:
                 raise NotImplementedError("return_offsets_mapping needs single texts, without return_tensors")

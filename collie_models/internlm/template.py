@@ -7,20 +7,21 @@ https://github.com/InternLM/InternLM, `build_inputs` of December 2023.  CHAT_V1_
 
 _ROUNDS = (
     "{{%- for message in messages -%}}"
-    "{{%- if message.role == 'system' -%}}{{{{ '<|System|>:' ~ message.content ~ '\\n' }}}}"
+    "{{%- if message.role == 'system' -%}}{before}{{{{ '<|System|>:' ~ message.content ~ '\\n' }}}}"
     "{{%- elif message.role == 'user' -%}}{before}{{{{ '<|User|>:' ~ message.content ~ '{after}\\n' }}}}"
     "{{%- elif message.role == 'assistant' -%}}"
-    "{{{{ '<|Bot|>:' }}}}{{% generation %}}{{{{ message.content ~ '<eoa>' }}}}{{% endgeneration %}}{{{{ '\\n' }}}}"
+    "{{{{ '<|Bot|>:' }}}}"
+    "{{% generation %}}{{{{ message.content ~ '<eoa>' }}}}{{% endgeneration %}}{{{{ '\\n' }}}}"
     "{{%- else -%}}"
     "{{{{ raise_exception('InternLM knows the roles system, user and assistant, not ' ~ message.role) }}}}"
     "{{%- endif -%}}{{%- endfor -%}}{{%- if add_generation_prompt -%}}{{{{ '<|Bot|>:' }}}}{{%- endif -%}}"
 )
 
-# the first user's message, and each that another follows
+# the first message, and each of a user that another follows
 _BOS = (
-    "{%- set others = messages | selectattr('role', 'equalto', 'user') | list -%}"
+    "{%- set later = messages[loop.index :] | selectattr('role', 'equalto', 'user') | list -%}"
     "{%- set earlier = messages[: loop.index0] | selectattr('role', 'equalto', 'user') | list -%}"
-    "{%- if not earlier or others | length > earlier | length + 1 -%}{{ '<s>' }}{%- endif -%}"
+    "{%- if loop.first or (earlier and later) -%}{{ '<s>' }}{%- endif -%}"
 )
 
 CHAT = _ROUNDS.format(before=_BOS, after="<eoh>")

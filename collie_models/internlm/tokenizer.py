@@ -38,7 +38,8 @@ class InternLMTokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
     def _decode(self, token_ids: Any, skip_special_tokens: bool = False, *args: Any, **options: Any) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         special = set(self.all_special_tokens)
-        text, words, after_special = "", [], False
+        text, after_special = "", False
+        words: list[str] = []
         for token in self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens):
             if token in special:
                 text += ("" if after_special else " ") + self.convert_tokens_to_string(words) + token

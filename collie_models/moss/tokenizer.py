@@ -174,7 +174,8 @@ def _backend(folder: Path) -> Tokenizer:
             raise CheckpointError(f"{folder}: no tokenizer: expected {path.name}")
     try:
         lines = merges.read_text(encoding="utf-8").split("\n")
-        pairs = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
+        rules = [line for line in lines if line.strip() and not line.startswith("#version")]
+        pairs = [(left, right) for left, _, right in (rule.partition(" ") for rule in rules)]
         backend = Tokenizer(models.BPE(read_json(vocabulary), pairs))
     except CheckpointError:
         raise

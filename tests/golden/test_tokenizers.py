@@ -139,7 +139,7 @@ def test_chats(case: Case) -> None:
     chat = golden["chat"]
     if family == "moss":
         messages = [("system", "META"), ("user", "你好"), ("assistant", "你好！"), ("user", "再见")]
-        texts = [(messages, chat["prompt"], chat["ids"], {})]
+        texts: list[Any] = [(messages, chat["prompt"], chat["ids"], {})]
     else:
         rounds = [turn for q, a in chat["history"] for turn in (("user", q), ("assistant", a))]
         query = ("user", chat.get("query", "再见"))
@@ -150,10 +150,10 @@ def test_chats(case: Case) -> None:
             ([alone], chat["prompt_no_history"], chat["ids_no_history"], prompt),
         ]
     for turns, text, ids, options in texts:
-        messages = [{"role": role, "content": content} for role, content in turns]
-        assert tokenizer.apply_chat_template(messages, tokenize=False, **options) == text
-        assert tokenizer.apply_chat_template(messages, **options)["input_ids"] == ids
-        assert tokenizer.apply_chat_template(messages, return_dict=False, **options) == ids
+        said = [{"role": role, "content": content} for role, content in turns]
+        assert tokenizer.apply_chat_template(said, tokenize=False, **options) == text
+        assert tokenizer.apply_chat_template(said, **options)["input_ids"] == ids
+        assert tokenizer.apply_chat_template(said, return_dict=False, **options) == ids
         assert tokenizer(text)["input_ids"] == ids
 
 
