@@ -173,8 +173,11 @@ class ParallelPlan:
 
     columns: cut along the output (dim 0), bias too.  rows: cut along the input (dim 1 of the weight); their
     bias is whole.  embedding and head: cut along the vocabulary.  Everything else is replicated.
-    tied: (name, name) of parameters that are one.  kv_heads: number of key-value heads, which bounds the
-    cut of what is named `columns` for keys and values.
+    tied: (name, name) of parameters that are one.  heads, kv_heads: numbers of query heads and of key-value
+    heads, which bound the cut.  keys_values: those of `columns` that make keys and values, which are
+    repeated where there are fewer key-value heads than ranks.  partial: replicated parameters that work on a
+    part of the heads on each rank, so that their gradients are partial sums (norms of queries and keys).
+    whole: what other patterns name and is replicated all the same.
     """
 
     columns: tuple[str, ...] = ()
@@ -183,6 +186,10 @@ class ParallelPlan:
     head: tuple[str, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     kv_heads: int | None = None
+    heads: int | None = None
+    keys_values: tuple[str, ...] = ()
+    partial: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
