@@ -29,6 +29,7 @@ _FILE = "tokenizer.model"
 _SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 _PREFIX = ("[gMASK]", "sop")
+_SILENT = ("<unk>", "<s>", "</s>", *_SPECIAL)  # nothing in decoded text
 
 
 class ChatGLM2Tokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
@@ -44,16 +45,14 @@ class ChatGLM2Tokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
         return None
 
     @property
-    def all_special_ids(self) -> list[int]:
-        """Ids of the special tokens, those that no text is split into included."""
-        return [*self._silent.values()]
+    def all_special_tokens(self) -> list[str]:
+        """The special tokens, those that no text is split into included."""
+        return [*_SILENT, *(role for role in _ROLES if self._has_roles)]
 
     @property
-    def _silent(self) -> dict[str, int]:
-        """Tokens that are nothing in decoded text, with their ids."""
-        vocabulary = self.get_vocab()
-        names = ("<unk>", "<s>", "</s>", *_SPECIAL)
-        return {name: vocabulary[name] for name in names if name in vocabulary}
+    def all_special_ids(self) -> list[int]:
+        """Their ids, in the same order."""
+        return [self.get_command(token) for token in self.all_special_tokens]
 
     def get_prefix_tokens(self) -> list[int]:
         """The ids of [gMASK] and sop, which begin every text."""
@@ -62,16 +61,16 @@ class ChatGLM2Tokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
     def get_command(self, token: str) -> int:
         """The id of a special token; `<bos>`, `<eos>` and `<pad>` stand for `<s>`, `</s>` and `<unk>`."""
         token = {"<bos>": "<s>", "<eos>": "</s>", "<pad>": "<unk>"}.get(token, token)
-        vocabulary = self.get_vocab()
-        if token not in (*_SPECIAL, *_ROLES, "<s>", "</s>", "<unk>") or token not in vocabulary:
+        index = self.backend_tokenizer.token_to_id(token) if token in (*_SILENT, *_ROLES) else None
+        if index is None:
             raise ValueError(f"{token!r} is no special token of this tokenizer")
-        return vocabulary[token]
+        return index
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """The tokens; a special one is "", as in the original."""
         if isinstance(ids, int):
             return self.convert_ids_to_tokens([ids])[0]
-        silent = set(self._silent.values())
+        silent = {self.get_command(token) for token in _SILENT}
         ids = [int(index) for index in ids if not (skip_special_tokens and int(index) in silent)]
         tokens = super().convert_ids_to_tokens(ids)
         return ["" if index in silent else token for index, token in zip(ids, tokens, strict=True)]
@@ -83,7 +82,7 @@ class ChatGLM2Tokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
 
     @property
     def _has_roles(self) -> bool:
-        return _ROLES[1] in self.get_added_vocab()
+        return self.backend_tokenizer.token_to_id(_ROLES[1]) is not None
 
     def training_tokens(
         self, text: str, answers: Sequence[tuple[int, int]], chat: bool
@@ -147,8 +146,7 @@ def load_tokenizer2(folder: Path) -> ChatGLM2Tokenizer:
     proto = read_sentencepiece(path)
     roles = _ROLES if _is_version_3(folder, settings) else ()
     names = dict(enumerate((*_SPECIAL, *roles), start=len(proto.pieces)))
-    silent = ("<unk>", "<s>", "</s>", *_SPECIAL)
-    backend = backend_tokenizer(proto, names=names, silent=silent)
+    backend = backend_tokenizer(proto, names=names, silent=_SILENT)
     backend.add_special_tokens([AddedToken(role, normalized=False, special=True) for role in roles])
     stated = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     kept = {key: settings[key] for key in ("model_max_length", "padding_side") if settings.get(key)}

@@ -40,7 +40,7 @@ class FamilyTokenizer(PreTrainedTokenizerBase):
     @property
     def stop_token_ids(self) -> list[int]:
         """Ids of those of `stop_tokens` that the vocabulary has."""
-        vocabulary = self.get_vocab()
+        vocabulary = self.get_vocab() if self.stop_tokens else {}
         return [vocabulary[token] for token in self.stop_tokens if token in vocabulary]
 
     def apply_chat_template(self, conversation: Any, *args: Any, **options: Any) -> Any:
@@ -102,6 +102,13 @@ class PythonTokenizer(FamilyTokenizer, PreTrainedTokenizer):
     def get_vocab(self) -> dict[str, int]:
         """Every token with its id."""
         raise NotImplementedError
+
+    def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        vocabulary = self.get_vocab()
+        for token in new_tokens or []:
+            if str(token) not in vocabulary:
+                raise NotImplementedError(f"{type(self).__name__}: {str(token)!r} is not in its vocabulary")
+        return int(super()._add_tokens(new_tokens, special_tokens=special_tokens))
 
     def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **options: Any) -> BatchEncoding:
         wanted = options.get("return_offsets_mapping", False)

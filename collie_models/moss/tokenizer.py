@@ -44,6 +44,7 @@ class MossTokenizer(PythonTokenizer):
     ) -> None:
         self._backend, self._added, self._stripping = backend, dict(added), dict(stripping)
         self._names = {index: token for token, index in added.items()}
+        self._size = len({**backend.get_vocab(with_added_tokens=False), **added})
         longest_first = sorted(stripping, key=len, reverse=True)
         self._tokens = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         super().__init__(**options)
@@ -54,7 +55,7 @@ class MossTokenizer(PythonTokenizer):
         return self._backend.get_vocab_size(with_added_tokens=False)
 
     def __len__(self) -> int:
-        return len(self.get_vocab())
+        return self._size
 
     def get_vocab(self) -> dict[str, int]:
         """Every token with its id."""
