@@ -30,7 +30,7 @@ _DEFAULTS = {
     "pad_token": "<pad>",
     "mask_token": "[MASK]",
 }
-_WHITE_OR_ONE = re.compile(r" {1,80}|[\s\S]")
+_WHITE = re.compile(r"\n|\t| {2,80}")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>\Z")
 _IMAGE = re.compile(r"<image_(\d+)>\Z")
 
@@ -89,20 +89,28 @@ class ChatGLMTokenizer(PythonTokenizer):
                 found += self._split(words, start)
         return found
 
+    def tokenize(self, text: str, *args: Any, **options: Any) -> list[str]:
+        """The tokens of `pieces`, without the work of finding their characters."""
+        found: list[str] = []
+        for words, _, _ in split_at_tokens(text, self._special, self._stripping):
+            if words in self._stripping:
+                found.append(words)
+            else:
+                found += self._model.encode(_WHITE.sub(_white_token, words), out_type=str)
+        return found
+
     def _split(self, text: str, offset: int) -> list[Piece]:
         """The sentencepieces of a text without special tokens, whose first character is at `offset`."""
-        written: list[str] = []
         origin: list[tuple[int, int]] = []  # of each byte of what is written
-        for match in _WHITE_OR_ONE.finditer(text):
+        last = 0
+        for match in _WHITE.finditer(text):
             start, end = match.span()
-            words = match.group()
-            if end - start > 1:
-                words = f"<|blank_{end - start}|>"
-            words = {"\n": "<n>", "\t": "<|tab|>"}.get(words, words)
-            written.append(words)
-            origin += [(offset + start, offset + end)] * len(words.encode())
+            origin += _characters(text[last:start], offset + last)
+            origin += [(offset + start, offset + end)] * len(_white_token(match))
+            last = end
+        origin += _characters(text[last:], offset + last)
         found: list[Piece] = []
-        for piece in self._model.encode("".join(written), return_type="proto").pieces:
+        for piece in self._model.encode(_WHITE.sub(_white_token, text), return_type="proto").pieces:
             begin, end = piece.begin, piece.end
             if begin < end:
                 found.append((piece.piece, origin[begin][0], origin[end - 1][1]))
@@ -116,8 +124,7 @@ class ChatGLMTokenizer(PythonTokenizer):
         return found
 
     def _convert_token_to_id(self, token: str) -> int:
-        image = _IMAGE.match(token)
-        if image and int(image.group(1)) < self._shift:
+        if self._shift and (image := _IMAGE.match(token)) and int(image.group(1)) < self._shift:
             return int(image.group(1))
         return int(self._model.piece_to_id(token)) + self._shift
 
@@ -206,6 +213,19 @@ class ChatGLMTokenizer(PythonTokenizer):
                 for row in rows
             ]
         ]
+
+
+def _white_token(match: re.Match[str]) -> str:
+    """The token for a line, a tab, or a run of spaces."""
+    return {"\n": "<n>", "\t": "<|tab|>"}.get(match.group(), f"<|blank_{len(match.group())}|>")
+
+
+def _characters(text: str, offset: int) -> list[tuple[int, int]]:
+    """The character that each byte of a text belongs to, as (start, end)."""
+    spans = [(index, index + 1) for index in range(offset, offset + len(text))]
+    if text.isascii():
+        return spans
+    return [span for span, letter in zip(spans, text, strict=True) for _ in letter.encode()]
 
 
 def load_tokenizer(folder: Path) -> ChatGLMTokenizer:

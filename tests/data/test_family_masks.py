@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,6 +238,21 @@ def test_tools_of_moss_are_enabled_by_name() -> None:
         '<|Inner Thoughts|>: None<eot>\n<|Commands|>: Calculate("1+1")<eoc>\n'
         '<|Results|>:\nCalculate("1+1") => 2\n<eor>\n<|MOSS|>:'
     )
+
+
+def test_the_page_names_every_format_and_its_record_works(tokenise: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    section = page.partition("## Chat formats of the families")[2].partition("\n## ")[0]
+    rows = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
+    named = set(re.findall(r"`([\w.-]+)`", " ".join(rows[1:])))
+    known = {name for family in LOADERS for name in load(family).chat_template} | {"chatglm3"}
+    assert named == known - {"default"}
+    record = json.loads(re.findall(r"```json\n(.*?)```", section, re.DOTALL)[0])
+    tokenizer = load("moss")
+    dataset = tokenise([record], tokenizer, template="moss-sft-plugin")
+    thoughts = '<|Inner Thoughts|>: A sum.<eot>\n<|Commands|>: Calculate("1+1")<eoc>'
+    answers = [thoughts, " It is 2.<eom>"]
+    assert trained(dataset, tokenizer) == ["".join(tokenizer.tokenize(text)) for text in answers]
 
 
 @pytest.mark.parametrize("family", ["chatglm", "chatglm2", "internlm", "moss"])
