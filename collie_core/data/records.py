@@ -59,7 +59,7 @@ def render(record: Mapping[str, Any], tokenizer: Any, template: Template) -> Ren
     """
     keys = {key for key, value in record.items() if value is not None}
     if "messages" in keys:
-        return _conversation(record["messages"], tokenizer, template)
+        return _conversation(record["messages"], tokenizer, template, record.get("tools"))
     if keys & {"tokens", "input_ids"}:
         return _tokens(record, "tokens" if "tokens" in keys else "input_ids", len(tokenizer))
     if {"instruction", "output"} <= keys:
@@ -112,8 +112,8 @@ def _turn(prompt: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def _conversation(messages: Any, tokenizer: Any, template: Template) -> Rendered:
-    text, answers = render_conversation(messages, tokenizer, template)
+def _conversation(messages: Any, tokenizer: Any, template: Template, tools: Any = None) -> Rendered:
+    text, answers = render_conversation(messages, tokenizer, template, tools)
     return Rendered(text, answers, has_prompt=True, complete=template.own)
 
 

@@ -54,6 +54,13 @@ class ChatGLM2Tokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
         """Their ids, in the same order."""
         return [self.get_command(token) for token in self.all_special_tokens]
 
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """[gMASK] sop text, or [gMASK] sop prompt answer </s>."""
+        built = [*self.get_prefix_tokens(), *token_ids_0]
+        return built if token_ids_1 is None else [*built, *token_ids_1, self.get_command("<eos>")]
+
     def get_prefix_tokens(self) -> list[int]:
         """The ids of [gMASK] and sop, which begin every text."""
         return [self.get_command(name) for name in _PREFIX]

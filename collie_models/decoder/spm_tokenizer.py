@@ -196,7 +196,10 @@ def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | dict[str, 
     """The chat template (Jinja) of a tokenizer folder."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+        default = path.read_text(encoding="utf-8")
+        named = {other.stem: other.read_text(encoding="utf-8") for other in others}
+        return {"default": default, **named} if named else default
     stated = settings.get("chat_template")
     if isinstance(stated, list):
         return {entry["name"]: entry["template"] for entry in stated}

@@ -21,6 +21,7 @@ from collie_models.decoder.spm_tokenizer import (
 from collie_models.internlm.template import TEMPLATES, TEMPLATES2
 
 _FILES = ("tokenizer.model", "added_tokens.json", "special_tokens_map.json")
+_AROUND = ("add_bos_token", "add_eos_token")
 _DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
 
 
@@ -34,6 +35,19 @@ class InternLMTokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
         special = set(self.all_special_tokens)
         tokens = super().tokenize(text, *args, **options)
         return [token.strip() if token.strip() in special else token for token in tokens]
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """The tokens of one text or two with `<s>` in front."""
+        around = self("")["input_ids"]
+        front = around[:1] if around[:1] == [self.bos_token_id] else []
+        return [*front, *token_ids_0, *(token_ids_1 or []), *around[len(front) :]]
+
+    def _settings_to_save(self, settings: dict[str, Any]) -> dict[str, Any]:
+        # under a key of its own: given these, transformers would put a second <s> into pairs
+        kept = {key: self.original_settings[key] for key in _AROUND if key in self.original_settings}
+        return super()._settings_to_save(settings) | {"original": kept}
 
     def _decode(self, token_ids: Any, skip_special_tokens: bool = False, *args: Any, **options: Any) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
@@ -96,7 +110,10 @@ def load_tokenizer2(folder: Path) -> InternLM2Tokenizer:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    settings = read_json(folder / "tokenizer_config.json") | read_json(folder / "special_tokens_map.json")
+    config = read_json(folder / "tokenizer_config.json")
+    original = config.get("original")
+    settings = config | read_json(folder / "special_tokens_map.json")
+    settings |= original if isinstance(original, dict) else {}
     missing = {key: text for key, text in _DEFAULTS.items() if token_text(settings.get(key)) is None}
     return settings | missing
 

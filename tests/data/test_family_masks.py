@@ -217,9 +217,14 @@ def test_tools_of_moss(tokenise: Any) -> None:
     assert dataset.tokens.tolist() == tokenizer(written)["input_ids"]
 
 
-def test_tools_of_moss_are_enabled_by_name() -> None:
+def test_tools_of_moss_are_enabled_by_name(tokenise: Any) -> None:
     tokenizer = load("moss")
     tools = [{"type": "function", "function": {"name": "Calculate", "parameters": {}}}]
+    record = {"messages": turns("1+1", "2"), "tools": tools}
+    dataset = tokenise([record], tokenizer, template="moss-sft-plugin")
+    assert "Calculator: enabled. API: Calculate(expression)\n- Equ" in tokenizer.decode(dataset.tokens)
+    with pytest.raises(DataError, match='"tools" is no list, it is a str'):
+        tokenise([record | {"tools": "Calculate"}], tokenizer)
     template = tokenizer.chat_template["moss-sft-plugin"]
 
     def text(said: list[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
+from transformers import AutoTokenizer as StockTokenizer
 
 from collie_core.errors import CheckpointError
 from collie_models.chatglm import tokenizer as chatglm
@@ -257,5 +258,12 @@ def test_internlm_adds_an_end_where_the_folder_says_so(tmp_path: Path) -> None:
     plain = internlm.load_tokenizer(CASES / "tokenizer_internlm")
     assert tokenizer("a")["input_ids"] == [*plain("a")["input_ids"], 2]
     assert tokenizer("a", "b")["input_ids"] == [*plain("a", "b")["input_ids"], 2]
+    assert tokenizer.build_inputs_with_special_tokens([9], [8]) == [1, 9, 8, 2]
+    tokenizer.save_pretrained(str(tmp_path / "saved"))
+    assert internlm.load_tokenizer(tmp_path / "saved")("a")["input_ids"] == tokenizer("a")["input_ids"]
+    assert (
+        StockTokenizer.from_pretrained(tmp_path / "saved")("a", "b")["input_ids"]
+        == tokenizer("a", "b")["input_ids"]
+    )
     change(folder / "tokenizer_config.json", add_eos_token=False, add_bos_token=False)
     assert internlm.load_tokenizer(folder)("a")["input_ids"] == plain("a")["input_ids"][1:]
