@@ -1,0 +1,46 @@
+"""Models of the transformers library: the model plugins `hf` and `*` (what no other plugin claims)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from collie_core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from collie_core.hookspecs import ModelProvider
+    from collie_core.run import Run
+
+__all__ = ["Transformers"]
+
+
+class Transformers:
+    """Any causal language model that transformers implements."""
+
+    collie_api = 1
+    supports = ("flash", "pp", "tp where transformers has a plan")
+
+    @dataclass(frozen=True)
+    class Options:
+        """It has no options."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    @hookimpl
+    def collie_model_provider(self, checkpoint: Any) -> ModelProvider:
+        """The provider; it looks at the names of the checkpoint's tensors, which differ in their prefix."""
+        from collie_models.hf.provider import TransformersProvider
+
+        return TransformersProvider(checkpoint.path)
+
+    @hookimpl
+    def collie_check(self, run: Run) -> Sequence[str]:
+        """Refuse tensor parallelism where it would not be right."""
+        if run.config.tp_size == 1 or run.source is None:
+            return []
+        from collie_models.hf.parallel import tensor_parallel_problems
+
+        options = run.config.layout.options
+        return tensor_parallel_problems(run.source.config, options.get("sequence_parallel", "auto"))
