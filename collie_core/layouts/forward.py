@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from collie_core.errors import ConfigError, UserError
 from collie_core.layouts.recompute import BlockRunner, runner_for
+from collie_core.models.forward import model_context
 from collie_core.ops import Context
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Forward:
     def hidden(self, batch: MicroBatch) -> tuple[Tensor, Context]:
         """Output of the last block, (rows, length, hidden), and the context of the batch."""
         context = Context.build(batch.input_ids, position_ids=batch.positions, segments=batch.segments)
+        context = model_context(self.model, context)
         h = self.model.embed(batch.input_ids, context)
         if self.run_blocks is not None and self.model.training:
             return self.run_blocks(h, context), context

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collie_core.errors import ConfigError, UserError
-from collie_core.models.forward import require_weights, run_blocks, summed_loss
+from collie_core.models.forward import model_context, require_weights, run_blocks, summed_loss
 from collie_core.models.generation import generate
 from collie_core.models.loading import Slots
 from collie_core.ops import Context
@@ -43,12 +43,16 @@ class Origin:
 
 
 class CausalLM(nn.Module):
-    """A causal language model with children `embed`, `blocks` and `head` (see `ModelProvider.build`)."""
+    """A causal language model with children `embed`, `blocks` and `head` (see `ModelProvider.build`).
+
+    max_positions: the number of positions beyond which the model computes nothing; None: there is no end.
+    """
 
     embed: nn.Module
     blocks: nn.ModuleDict
     head: nn.Module
     origin: Origin | None = None
+    max_positions: int | None = None
 
     generate = generate
 
@@ -65,12 +69,21 @@ class CausalLM(nn.Module):
         the whole row if absent.  labels: (B, S), -100 where no loss is wanted; shifted here.
         """
         require_weights(self)
-        ctx = Context.build(input_ids, attention_mask, position_ids)
+        ctx = model_context(self, Context.build(input_ids, attention_mask, position_ids))
         logits: Tensor = self.head(run_blocks(self, input_ids, ctx), ctx)
         if labels is None:
             return CausalLMOutput(logits)
         targets = labels[:, 1:].to(logits.device).flatten()
         return CausalLMOutput(logits, F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets))
+
+    def prepare_context(self, ctx: Context) -> Context:
+        """The context as the blocks want it, derived from the ids; called once before each forward pass of
+        whole rows, on stages without `embed` too.  It must not wait for the device."""
+        return ctx
+
+    def next_positions(self, positions: Tensor) -> Tensor:
+        """Positions (..., 1) of the token that is generated after those at `positions` (..., S)."""
+        return positions[..., -1:] + 1
 
     @classmethod
     def from_pretrained(
@@ -161,6 +174,7 @@ class _Adopted(CausalLM):
         super().__init__()
         self._modules, self._parameters, self._buffers = module._modules, module._parameters, module._buffers
         self._non_persistent_buffers_set = module._non_persistent_buffers_set
-        reset = getattr(module, "reset_buffers", None)
-        if reset is not None:
-            self.reset_buffers = reset
+        for name in ("reset_buffers", "prepare_context", "next_positions", "max_positions"):
+            own = getattr(module, name, None)
+            if own is not None:
+                setattr(self, name, own)

@@ -40,6 +40,12 @@ def require_weights(model: nn.Module) -> None:
         )
 
 
+def model_context(model: nn.Module, ctx: Context) -> Context:
+    """What `model` makes of the context of a batch by its own `prepare_context`, where it has one."""
+    prepare = getattr(model, "prepare_context", None)
+    return ctx if prepare is None else cast(Context, prepare(ctx))
+
+
 def run_blocks(model: nn.Module, input_ids: Tensor, ctx: Context, cache: KVCache | None = None) -> Tensor:
     """Embedding and all blocks: input_ids (B, S) -> (B, S, E).  `cache` is filled where it is given."""
     model_parts = parts(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,11 +14,48 @@ import torch
 from torch import Tensor, nn
 
 from collie_core.errors import CheckpointError, UserError
-from collie_core.models.forward import parts, require_weights, run_blocks
+from collie_core.models.forward import model_context, parts, require_weights, run_blocks
 from collie_core.ops import Context, KVCache
 
+_log = logging.getLogger(__name__)
 
-@torch.no_grad()
+
+#: Logits (B, V) after the last of new_ids (B, S), whose keys and values are put into the cache.
+NextLogits = Callable[[Tensor, Context, KVCache], Tensor]
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """The options of `generate`, which says what they mean.  Raises UserError for those without sense."""
+
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    eos_token_id: int | Sequence[int] | None = None
+    pad_token_id: int | None = None
+    stop_strings: Sequence[str] | None = None
+    tokenizer: Any = None
+    streamer: Callable[[Tensor], None] | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise UserError(f"generate: max_new_tokens={self.max_new_tokens}, expected 0 or more")
+        if self.temperature <= 0:
+            raise UserError(
+                f"generate: temperature={self.temperature}, expected above 0 (do_sample=False is greedy)"
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"generate: top_p={self.top_p}, expected above 0 and at most 1")
+        if self.repetition_penalty <= 0:
+            raise UserError(f"generate: repetition_penalty={self.repetition_penalty}, expected above 0")
+        if self.stop_strings and self.tokenizer is None:
+            raise UserError("generate: stop_strings need the tokenizer")
+
+
 def generate(
     model: nn.Module,
     input_ids: Tensor,
@@ -45,24 +83,67 @@ def generate(
     stops.  pad_token_id: None takes the config's, else the first end-of-sequence token, else 0.
     stop_strings: a row ends with the token that completes one of them; needs `tokenizer`.
     streamer: called with the new tokens of each step, int64 (B,) on the CPU.  seed: of the draws alone.
+    A model without positions beyond some number ends there, with a warning.
     Raises UserError for options that make no sense.
     """
-    _check(attention_mask, max_new_tokens, temperature, top_p, repetition_penalty)
-    if stop_strings and tokenizer is None:
-        raise UserError("generate: stop_strings need the tokenizer")
+    options = GenerationOptions(
+        max_new_tokens,
+        do_sample,
+        temperature,
+        top_k,
+        top_p,
+        repetition_penalty,
+        eos_token_id,
+        pad_token_id,
+        stop_strings,
+        tokenizer,
+        streamer,
+        seed,
+    )
     require_weights(model)
-    eos, pad = _special_ids(model, eos_token_id, pad_token_id)
-    device = next(model.parameters()).device
-    input_ids = input_ids.to(device)
-    choose = _Chooser(do_sample, temperature, top_k, top_p, repetition_penalty, _generator(seed, device))
-    stopped = _Stops(eos, stop_strings or [], tokenizer, input_ids.shape[1])
+
+    def next_logits(new_ids: Tensor, ctx: Context, cache: KVCache) -> Tensor:
+        h = run_blocks(model, new_ids, ctx, cache)
+        logits: Tensor = parts(model).head(h[:, -1:], ctx)
+        return logits[:, -1]
+
     was_training = model.training
     model.eval()
     try:
-        with _as_written():
-            return _loop(model, input_ids, attention_mask, max_new_tokens, choose, stopped, pad, streamer)
+        return generate_with(
+            next_logits,
+            model,
+            input_ids.to(next(model.parameters()).device),
+            attention_mask,
+            options,
+            list(parts(model).blocks),
+        )
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def generate_with(
+    next_logits: NextLogits,
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    options: GenerationOptions,
+    blocks: Sequence[str],
+) -> Tensor:
+    """`generate` where `next_logits` runs the forward pass, whatever the layout.
+
+    model: asked for contexts, positions and special ids alone.  blocks: names of the blocks that
+    `next_logits` runs here, each of which gets a cache.  input_ids: on the device of the logits.
+    The logits must be the same on all processes that generate together, and so must be `options.seed`.
+    """
+    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+        raise UserError("generate: pad the prompts on the left; a row of attention_mask ends with padding")
+    eos, pad = _special_ids(model, options.eos_token_id, options.pad_token_id)
+    stopped = _Stops(eos, options.stop_strings or [], options.tokenizer, input_ids.shape[1])
+    choose = _Chooser(options, _generator(options.seed, input_ids.device))
+    with _as_written():
+        return _loop(next_logits, model, input_ids, attention_mask, options, choose, stopped, pad, blocks)
 
 
 def _as_written() -> AbstractContextManager[Any]:
@@ -73,65 +154,83 @@ def _as_written() -> AbstractContextManager[Any]:
 
 
 def _loop(
+    next_logits: NextLogits,
     model: nn.Module,
     ids: Tensor,
     attention_mask: Tensor | None,
-    max_new_tokens: int,
+    options: GenerationOptions,
     choose: _Chooser,
     stopped: _Stops,
     pad: int,
-    streamer: Callable[[Tensor], None] | None,
+    blocks: Sequence[str],
 ) -> Tensor:
+    steps = _steps(model, ids.shape[1], options.max_new_tokens)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)
     padded = not bool(mask.all())
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = KVCache(list(parts(model).blocks), capacity=ids.shape[1] + max_new_tokens)
+    ctx = model_context(model, Context(ids, positions, attention_mask=mask.bool() if padded else None))
+    advance: Callable[[Tensor], Tensor] = getattr(model, "next_positions", _next_positions)
+    cache = KVCache(list(blocks), capacity=ids.shape[1] + steps)
     running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     new = ids
-    for _ in range(max_new_tokens):
-        ctx = Context(new, positions, attention_mask=mask.bool() if padded else None)
-        h = run_blocks(model, new, ctx, cache)
-        logits: Tensor = parts(model).head(h[:, -1:], ctx)
-        token = choose(logits[:, -1].float(), ids).masked_fill(~running, pad)
+    for _ in range(steps):
+        token = choose(next_logits(new, ctx, cache).float(), ids).masked_fill(~running, pad)
         ids = torch.cat([ids, token.unsqueeze(1)], 1)
-        if streamer is not None:
-            streamer(token.cpu())
+        if options.streamer is not None:
+            options.streamer(token.cpu())
         if stopped.possible:
             running = running & ~stopped(ids)
             if not bool(running.any()):
                 break
-        new, positions = token.unsqueeze(1), positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        new = token.unsqueeze(1)
+        ctx = ctx.following(new, advance(ctx.positions))
     return ids
+
+
+def _next_positions(positions: Tensor) -> Tensor:
+    return positions[..., -1:] + 1
+
+
+def _steps(model: nn.Module, prompt: int, wanted: int) -> int:
+    """How many tokens there are positions for."""
+    limit: int | None = getattr(model, "max_positions", None)
+    if limit is None or prompt + wanted <= limit:
+        return wanted
+    left = max(limit - prompt, 0)
+    _log.warning(
+        "generate: the model has %d positions and the prompt takes %d: %d new tokens instead of %d",
+        limit,
+        prompt,
+        left,
+        wanted,
+    )
+    return left
 
 
 @dataclass
 class _Chooser:
     """The next token (B,) from logits (B, V) and the ids so far (B, S)."""
 
-    do_sample: bool
-    temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
+    options: GenerationOptions
     generator: torch.Generator | None
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
-        if self.repetition_penalty != 1.0:
+        options = self.options
+        if options.repetition_penalty != 1.0:
             seen = logits.gather(1, ids)
-            seen = torch.where(seen < 0, seen * self.repetition_penalty, seen / self.repetition_penalty)
+            seen = torch.where(seen < 0, seen * options.repetition_penalty, seen / options.repetition_penalty)
             logits = logits.scatter(1, ids, seen)
-        if not self.do_sample:
+        if not options.do_sample:
             return logits.argmax(-1)
-        logits = logits / self.temperature
-        if 0 < self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k).values[:, -1:]
+        logits = logits / options.temperature
+        if 0 < options.top_k < logits.shape[-1]:
+            least = logits.topk(options.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
-        if self.top_p < 1.0:
+        if options.top_p < 1.0:
             # dropped: what comes after the likeliest tokens that together have top_p; the first always stays
             ordered, order = logits.sort(descending=True)
             probabilities = ordered.softmax(-1)
-            dropped = probabilities.cumsum(-1) - probabilities >= self.top_p
+            dropped = probabilities.cumsum(-1) - probabilities >= options.top_p
             dropped[:, 0] = False
             dropped = torch.zeros_like(dropped).scatter(1, order, dropped)
             logits = logits.masked_fill(dropped, -torch.inf)
@@ -193,16 +292,3 @@ def _generation_defaults(model: nn.Module) -> dict[str, Any]:
 
 def _generator(seed: int | None, device: torch.device) -> torch.Generator | None:
     return None if seed is None else torch.Generator(device).manual_seed(seed)
-
-
-def _check(attention_mask: Tensor | None, new: int, temperature: float, top_p: float, penalty: float) -> None:
-    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
-        raise UserError("generate: pad the prompts on the left; a row of attention_mask ends with padding")
-    if new < 0:
-        raise UserError(f"generate: max_new_tokens={new}, expected 0 or more")
-    if temperature <= 0:
-        raise UserError(f"generate: temperature={temperature}, expected above 0 (do_sample=False is greedy)")
-    if not 0 < top_p <= 1:
-        raise UserError(f"generate: top_p={top_p}, expected above 0 and at most 1")
-    if penalty <= 0:
-        raise UserError(f"generate: repetition_penalty={penalty}, expected above 0")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Context:
     attention_mask: bool (B, K), false on padding; or None where every position is a token.
     prefix: bool (B, K), true where every later or earlier token may look (prefix language models); or None.
     cache: keys and values of the layer that is running, or None.
+    positions_given: a user chose the positions; false where they are counted.
     """
 
     input_ids: Tensor
@@ -33,6 +35,7 @@ class Context:
     attention_mask: Tensor | None = None
     prefix: Tensor | None = None
     cache: LayerCache | None = None
+    positions_given: bool = False
     _shared: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -49,6 +52,7 @@ class Context:
         attention_mask is (B, K), 1 or true for a token; where all are tokens it is dropped, which waits for
         the device.  Training says what is padding by `segments`, which never does.
         """
+        given = position_ids is not None and segments is None  # a packed row's are the engine's
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
             if segments is not None:
@@ -58,7 +62,8 @@ class Context:
             attention_mask = attention_mask.to(device=input_ids.device, dtype=torch.bool)
             if bool(attention_mask.all()):
                 attention_mask = None
-        return cls(input_ids, position_ids.to(input_ids.device), segments, attention_mask)
+        positions = position_ids.to(input_ids.device)
+        return cls(input_ids, positions, segments, attention_mask, positions_given=given)
 
     def memo(self, key: str, make: Callable[[], T]) -> T:
         """The value that `make` returns, made once a forward pass and shared by all blocks."""
@@ -66,6 +71,14 @@ class Context:
             self._shared[key] = make()
         value: T = self._shared[key]
         return value
+
+    def following(self, input_ids: Tensor, positions: Tensor) -> Context:
+        """The pass over `input_ids` (B, S) that comes after this one: tokens, and part of no prefix."""
+        mask, prefix = (
+            None if known is None else F.pad(known, (0, input_ids.shape[1]), value=value)
+            for known, value in ((self.attention_mask, True), (self.prefix, False))
+        )
+        return Context(input_ids, positions, attention_mask=mask, prefix=prefix)
 
     def with_cache(self, cache: LayerCache) -> Context:
         """The same context (what is memoised too) for the layer that `cache` belongs to."""
