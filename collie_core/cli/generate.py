@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="put the prompt into the chat template as a user's message"
     )
+    parser.add_argument(
+        "--template", metavar="NAME", help="chat template, as data.template names it; implies --chat"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--top-k", type=int, default=0)
@@ -31,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the answer alone."""
     import torch
 
+    from collie_core.data.prompts import chat_prompt_tokens, prompt_tokens
+    from collie_core.data.templates import find_template
     from collie_core.errors import UserError
     from collie_core.models.auto import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,14 +46,15 @@ def run(args: argparse.Namespace) -> int:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     ends = None
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if args.chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise UserError(f"{args.model}: --chat needs a chat template, and its tokenizer has none")
-        messages = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    if args.chat or args.template:
+        family = model.origin.provider.template if model.origin else None
+        template = find_template(args.template, tokenizer, family)
+        if template.chat is None:
+            raise UserError(f"{args.model}: --chat needs a chat template: name one with --template")
+        ids = chat_prompt_tokens([{"role": "user", "content": prompt}], tokenizer, template)
         ends = getattr(tokenizer, "stop_token_ids", None)  # of the chat format, which models may not state
     else:
-        ids = tokenizer(prompt)["input_ids"]
+        ids = prompt_tokens(prompt, tokenizer)
     if not ids:
         raise UserError("--prompt: expected some text, got none")
     output = model.generate(

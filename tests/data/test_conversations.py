@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from collie_core.data.templates import CHATML
+from collie_core.data.prompts import chat_prompt_tokens, prompt_tokens
+from collie_core.data.templates import CHATML, find_template
 from collie_core.errors import DataError
 
 GENERATION = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -202,3 +203,20 @@ def test_templates_run_in_a_sandbox(make_bpe: Any, tokenise: Any, tmp_path: Path
         with pytest.raises(DataError, match="refuses the messages"):
             tokenise([{"messages": ROUNDS}], make_bpe(chat_template=source))
     assert not target.exists()
+
+
+@pytest.mark.parametrize("name", [None, "chatml", "vicuna", "file"])
+def test_prompts_of_generation_begin_as_the_records(
+    name: str | None, make_bpe: Any, tokenise: Any, tmp_path: Path
+) -> None:
+    tokenizer = make_bpe(chat_template="{{ bos_token }}" + CHATML)
+    if name == "file":  # it writes the token that the tokenizer would add
+        (tmp_path / "mine.jinja").write_text("{{ bos_token }}" + CHATML)
+        name = str(tmp_path / "mine.jinja")
+    template = find_template(name, tokenizer)
+    ids = chat_prompt_tokens(ROUNDS[:3], tokenizer, template)
+    dataset = tokenise([{"messages": ROUNDS}], tokenizer, template=name)
+    assert dataset.tokens[: len(ids)].tolist() == ids and ids[:2].count(tokenizer.bos_token_id) == 1
+    answer = dataset.tokens[len(ids) :]
+    assert answer.tolist() == dataset.labels[len(ids) :].tolist()
+    assert prompt_tokens("hello", tokenizer) == tokenizer("hello")["input_ids"]

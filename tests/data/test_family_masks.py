@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from collie_core.data.prompts import chat_prompt_tokens, prompt_tokens
+from collie_core.data.templates import find_template
 from collie_core.errors import DataError
 from collie_models.chatglm import tokenizer as chatglm
 from collie_models.internlm import tokenizer as internlm
@@ -110,12 +112,12 @@ def test_a_training_record_goes_on_where_the_prompt_of_generation_ends(family: s
     messages = turns("for", "to", "if", "else", "return", "the def")
     for said in (messages, messages[:4], messages[:2], turns("for", "to", system="def")):
         dataset = tokenise([{"messages": said}], tokenizer, max_length=2048)
-        prompt = tokenizer.apply_chat_template(said[:-1], add_generation_prompt=True)["input_ids"]
+        prompt = chat_prompt_tokens(said[:-1], tokenizer, find_template(None, tokenizer))
         assert dataset.tokens[: len(prompt)].tolist() == prompt
         assert (dataset.labels[len(prompt) :] != -100).all()
         assert dataset.labels[len(prompt) - 1] == -100
     pair = tokenise([FORMS["pair"]], tokenizer)
-    prompt = tokenizer("for")["input_ids"]
+    prompt = prompt_tokens("for", tokenizer)
     assert pair.tokens[: len(prompt)].tolist() == prompt
 
 
