@@ -1,6 +1,7 @@
 # make quickstart    fine-tune a small model with LOMO, from data to an exported model
-# make test          run every test
-# Both set up the virtual environment when it is missing or stale.
+# make test          run every test but those of slurm
+# make test-slurm    run those on a real slurm, which is installed where that is possible
+# All set up the virtual environment when it is missing or stale.
 #
 # PYTHON=python3.12  the interpreter of a new environment        VENV=.venv  its place
 # TORCH=pin|keep     install torch as constraints.txt pins it | use the torch of $(PYTHON)
@@ -12,7 +13,7 @@ TORCH ?=
 BIN := $(abspath $(VENV))/bin
 PROJECTS := $(dir $(wildcard collie_*/pyproject.toml collie_*/*/pyproject.toml))
 
-.PHONY: setup quickstart test lint wheels bench docs clean
+.PHONY: setup quickstart test test-slurm lint wheels bench docs clean
 
 setup:
 	@$(PYTHON) tools/make_venv.py --venv "$(VENV)" $(if $(TORCH),--torch $(TORCH)) \
@@ -22,7 +23,11 @@ quickstart: setup
 	$(BIN)/python examples/quickstart/run.py
 
 test: setup
-	$(BIN)/python -m pytest -q -p no:cacheprovider $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -p no:cacheprovider --ignore=tests/slurm $(PYTEST_ARGS)
+
+test-slurm: setup
+	@tests/slurm/install.sh
+	$(BIN)/python -m pytest -q -rs -p no:cacheprovider tests/slurm
 
 lint: setup
 	$(BIN)/ruff check .

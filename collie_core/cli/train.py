@@ -75,6 +75,7 @@ def _arguments(args: argparse.Namespace) -> list[str]:
 
 
 def _train(args: argparse.Namespace, config: CollieConfig) -> int:
+    from collie_core.launch.sbatch import mark_stopped
     from collie_core.train.profile import StepProfiler
     from collie_core.train.trainer import Trainer
 
@@ -93,5 +94,6 @@ def _train(args: argparse.Namespace, config: CollieConfig) -> int:
             f"stopped by {result.signal.name} after step {result.step}; the same command goes on",
             file=sys.stderr,
         )
+        mark_stopped(result.output_dir / "slurm")
         return 128 + int(result.signal)
     return 0

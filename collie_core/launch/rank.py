@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -40,6 +41,8 @@ def as_rank(world: World) -> Iterator[None]:
         with _quiet(world):
             yield
     except BaseException as error:
+        # a launcher that sees the others fall must not change how we end
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if peers.fail(error):
             if os.environ.get("COLLIE_TRACEBACK") == "1":
                 traceback.print_exception(error)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +49,8 @@ class BatchJob:
             *self.options,
         ]
         lines = "\n".join(f"#SBATCH --{option}" for option in options)
-        return SCRIPT.format(options=lines, command=shlex.join([*collie(), *arguments]))
+        command = shlex.join([*collie(), *arguments])
+        return SCRIPT.format(options=lines, folder=shlex.quote(str(self.folder)), command=command)
 
 
 SCRIPT = """\
@@ -56,17 +58,32 @@ SCRIPT = """\
 {options}
 
 # Before the time limit, and when the job is pre-empted, slurm sends SIGTERM to the tasks: they finish the
-# step, save and end with status 143.  The script itself only waits for them, and puts the job back into the
-# queue, where it goes on from its checkpoint; a job that was cancelled is not put back.
+# step, save, and write the file that says so.  The script itself only waits for them, and puts the job back
+# into the queue, where it goes on from its checkpoint.  A job that failed is not put back, nor one that was
+# cancelled, which slurm no longer calls running.
 trap : TERM
+stopped={folder}/$SLURM_JOB_ID.stopped
+rm -f "$stopped"
 srun --kill-on-bad-exit=1 {command}
 status=$?
-state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*')
-if [ "$status" -eq 143 ] && [ "$state" != JobState=CANCELLED ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+if grep -q 'JobState=RUNNING' <<< "$job"; then
+    if [ -e "$stopped" ] || grep -q 'PreemptTime=[0-9]' <<< "$job"; then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
 fi
 exit "$status"
 """
+
+
+def mark_stopped(folder: Path, environ: Mapping[str, str] = os.environ) -> None:
+    """Tell the script, if it is one of ours that runs this, that the run was stopped and saved.
+
+    The exit status cannot: slurm also stops the processes of a job in which one has failed.
+    """
+    job = environ.get("SLURM_JOB_ID")
+    if job and folder.is_dir():
+        (folder / f"{job}.stopped").touch()
 
 
 def collie() -> list[str]:
@@ -87,5 +104,5 @@ def check_time(time: str, notice: float) -> None:
     if seconds and seconds <= notice + NOTICE_SLACK:
         raise UserError(
             f"--time {time} is {seconds} s, but the run is told to save {notice:g} s (train.stop_grace) "
-            f"before its end, and up to {NOTICE_SLACK} s earlier: give more time or a smaller train.stop_grace"
+            f"before its end, and up to {NOTICE_SLACK} s earlier: give more time, or lower train.stop_grace"
         )
