@@ -12,7 +12,8 @@ from collie_models.decoder.rotary import Rotary
 class DecoderConfig:
     """Sizes and choices of a decoder.
 
-    num_kv_heads < num_heads is grouped-query attention (1: multi-query).
+    num_kv_heads < num_heads is grouped-query attention (1: multi-query).  qk_norm: RMSNorm over the channels
+    of each query and key head (Qwen3).  window: positions that a query sees, itself included; None: all.
     residual `parallel`: attention and MLP read the same norm and are added at once; `sequential`: MLP after
     attention, each with a norm of its own.
     """
@@ -30,6 +31,8 @@ class DecoderConfig:
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated_mlp: bool = True
     qkv_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
     attention_output_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False

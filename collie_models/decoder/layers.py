@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from collie_core.plugin import Scores
 from collie_models.decoder.config import DecoderConfig
 
 if TYPE_CHECKING:
@@ -36,11 +37,14 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, ops: Ops) -> None:
         super().__init__()
         self.head_dim, self.rotary, self.attend = config.head_dim, config.rotary, ops.attention
+        self.scores = Scores(window=config.window)
         q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_width, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, S, E) -> (B, S, E)."""
@@ -49,9 +53,11 @@ class Attention(nn.Module):
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = self.rotary.angles(ctx)
         q, k = self.rotary.rotate(q, cos, sin), self.rotary.rotate(k, cos, sin)
-        out: Tensor = self.o_proj(self.attend(q, k, v, ctx).transpose(1, 2).flatten(2))
+        out: Tensor = self.o_proj(self.attend(q, k, v, ctx, scores=self.scores).transpose(1, 2).flatten(2))
         return out
 
 

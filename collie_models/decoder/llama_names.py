@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from collie_core.plugin import Ignore, ParallelPlan, Rename, WeightRule
+from collie_core.plugin import Ignore, Rename, WeightRule
 from collie_models.decoder.config import DecoderConfig
 
+_QK_NORM = {
+    "self_attn.q_norm.weight": "attention.q_norm.weight",
+    "self_attn.k_norm.weight": "attention.k_norm.weight",
+}
 _LAYER = {
     "input_layernorm.weight": "attention_norm.weight",
     "self_attn.q_proj": "attention.q_proj",
@@ -24,7 +28,7 @@ def llama_weight_map(config: DecoderConfig) -> list[WeightRule]:
     """`model.layers.N.self_attn.q_proj.weight` and so on, for a sequential decoder with RMSNorm."""
     rules: list[WeightRule] = [Rename("model.embed_tokens.weight", "embed.tokens.weight")]
     for index in range(config.num_layers):
-        for source, target in _LAYER.items():
+        for source, target in (_LAYER | (_QK_NORM if config.qk_norm else {})).items():
             for suffix in _suffixes(source, config):
                 rules.append(
                     Rename(f"model.layers.{index}.{source}{suffix}", f"blocks.{index}.{target}{suffix}")
@@ -46,21 +50,3 @@ def _suffixes(source: str, config: DecoderConfig) -> Iterator[str]:
     }
     if bias[source.partition(".")[0]]:
         yield ".bias"
-
-
-def decoder_parallel_plan(config: DecoderConfig) -> ParallelPlan:
-    """The cut of any decoder made of the shared blocks: attention by heads, MLP by its inner width."""
-    return ParallelPlan(
-        columns=(
-            "blocks.*.attention.q_proj.*",
-            "blocks.*.attention.k_proj.*",
-            "blocks.*.attention.v_proj.*",
-            "blocks.*.mlp.gate_proj.*",
-            "blocks.*.mlp.up_proj.*",
-        ),
-        rows=("blocks.*.attention.o_proj.*", "blocks.*.mlp.down_proj.*"),
-        embedding=("embed.tokens.weight",),
-        head=("head.lm_head.*",),
-        tied=(("embed.tokens.weight", "head.lm_head.weight"),) if config.tie_embeddings else (),
-        kv_heads=config.num_kv_heads,
-    )
