@@ -16,8 +16,8 @@ from transformers import AutoTokenizer as StockTokenizer
 
 from collie_core import AutoTokenizer
 from collie_core.errors import CheckpointError
+from collie_models.decoder.llama_tokenizer import load_tokenizer
 from collie_models.decoder.spm_tokenizer import backend_tokenizer, read_sentencepiece
-from collie_models.llama.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cases" / "tokenizer_llama"
 TEXT = Path(__file__).read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""LLaMA's tokenizers: sentencepiece (LLaMA 1 and 2, OpenLLaMA) and tokenizer.json (LLaMA 3)."""
+"""LLaMA's tokenizers: sentencepiece (LLaMA 1 and 2, OpenLLaMA, Mistral) and tokenizer.json (LLaMA 3, Qwen)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             return fast_tokenizer(folder, backend_tokenizer(proto, settings.get("legacy", True)), settings)
     if not complete.is_file():
         raise CheckpointError(f"{folder}: no tokenizer: expected tokenizer.model or tokenizer.json")
-    return _from_json(folder)
+    return read_tokenizer_json(folder)
 
 
 def _special_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -56,9 +56,12 @@ def _special_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _from_json(folder: Path) -> PreTrainedTokenizerFast:
+def read_tokenizer_json(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder's tokenizer.json.  Raises CheckpointError where it is absent or damaged."""
     from transformers import PreTrainedTokenizerFast
 
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{folder}: no tokenizer: expected tokenizer.json")
     try:
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
             str(folder), local_files_only=True
