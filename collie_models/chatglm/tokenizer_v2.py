@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import BatchEncoding
 
 from collie_core.plugin import CheckpointError
 from collie_models.chatglm.template import TEMPLATES2, TEMPLATES3
-from collie_models.decoder.family_tokenizer import FamilyTokenizer, named_templates
+from collie_models.decoder.family_tokenizer import SentencePieceTokenizer, named_templates
 from collie_models.decoder.spm_tokenizer import (
     backend_tokenizer,
     fast_tokenizer,
@@ -32,7 +31,7 @@ _PREFIX = ("[gMASK]", "sop")
 _SILENT = ("<unk>", "<s>", "</s>", *_SPECIAL)  # nothing in decoded text
 
 
-class ChatGLM2Tokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
+class ChatGLM2Tokenizer(SentencePieceTokenizer):
     """Gives position_ids (batch, seq), counted from the first token that is no padding."""
 
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
@@ -78,9 +77,14 @@ class ChatGLM2Tokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
         if isinstance(ids, int):
             return self.convert_ids_to_tokens([ids])[0]
         silent = {self.get_command(token) for token in _SILENT}
-        ids = [int(index) for index in ids if not (skip_special_tokens and int(index) in silent)]
+        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        ids = [int(index) for index in ids if int(index) not in skipped]
         tokens = super().convert_ids_to_tokens(ids)
         return ["" if index in silent else token for index, token in zip(ids, tokens, strict=True)]
+
+    def _decode(self, token_ids: Any, skip_special_tokens: bool = False, *args: Any, **options: Any) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]
+        return self.convert_tokens_to_string(self.convert_ids_to_tokens(ids, skip_special_tokens))
 
     def encode_chat(self, text: Any, **options: Any) -> BatchEncoding:
         """The tokens of a text that the chat template made, ChatGLM3's roles among them."""
@@ -114,8 +118,14 @@ class ChatGLM2Tokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
             trained.append(sequence == 1 or (sequence == 0 and inside))
         return list(found["input_ids"]), trained
 
-    def _encode_plus(self, *args: Any, **options: Any) -> BatchEncoding:
-        found: BatchEncoding = super()._encode_plus(*args, **options)
+    def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **options: Any) -> BatchEncoding:
+        if text_pair == "" and isinstance(text, str):  # transformers would take it for no pair
+            text, text_pair = [text], [text_pair]
+            batch = self._encode_plus(text, text_pair, *args, **options)
+            if options.get("return_tensors") is not None:
+                return batch
+            return BatchEncoding({key: value[0] for key, value in batch.items()}, batch.encodings)
+        found: BatchEncoding = super()._encode_plus(text, text_pair, *args, **options)
         if "attention_mask" in found and "position_ids" not in found:
             found["position_ids"] = _positions(found["attention_mask"])
         return found

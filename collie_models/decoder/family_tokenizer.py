@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizer
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokenizerBase
 
 from collie_models.decoder.spm_tokenizer import NAMED, token_text
@@ -81,6 +82,23 @@ class FamilyTokenizer(PreTrainedTokenizerBase):
             if isinstance(original, Mapping) and token_text(original) == settings.get(key):
                 settings[key] = {"__type": "AddedToken", **original}
         return settings
+
+
+class SentencePieceTokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
+    """A fast tokenizer made from `tokenizer.model`, which sentencepiece itself decodes.
+
+    Where a text's bytes are no characters `tokenizers` gives up the characters beside them too.
+    """
+
+    @cached_property
+    def _model(self) -> Any:
+        import sentencepiece
+
+        return sentencepiece.SentencePieceProcessor(model_proto=self.original_files["tokenizer.model"])
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of tokens, without the dummy prefix."""
+        return str(self._model.decode_pieces(tokens)) if tokens else ""
 
 
 class PythonTokenizer(FamilyTokenizer, PreTrainedTokenizer):

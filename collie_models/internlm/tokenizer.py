@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
 
 from collie_core.plugin import CheckpointError
-from collie_models.decoder.family_tokenizer import FamilyTokenizer, named_templates, special_flags
+from collie_models.decoder.family_tokenizer import SentencePieceTokenizer, named_templates, special_flags
 from collie_models.decoder.spm_tokenizer import (
     NAMED,
     backend_tokenizer,
@@ -25,7 +24,7 @@ _AROUND = ("add_bos_token", "add_eos_token")
 _DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
 
 
-class InternLMTokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
+class InternLMTokenizer(SentencePieceTokenizer):
     """Decodes as the original did: a space before a special token, unless another one is before it."""
 
     stop_tokens = ("<eoa>",)
@@ -50,7 +49,7 @@ class InternLMTokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
         return super()._settings_to_save(settings) | {"original": kept}
 
     def _decode(self, token_ids: Any, skip_special_tokens: bool = False, *args: Any, **options: Any) -> str:
-        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        ids = [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]
         special = set(self.all_special_tokens)
         text, after_special = "", False
         words: list[str] = []

@@ -14,8 +14,8 @@ import pytest
 from transformers import AutoTokenizer as StockTokenizer
 
 from collie_models.chatglm import tokenizer as chatglm
+from collie_models.decoder import llama_tokenizer as llama
 from collie_models.internlm import tokenizer as internlm
-from collie_models.llama import tokenizer as llama
 from collie_models.moss import tokenizer as moss
 
 CASES = Path(__file__).parent / "cases"

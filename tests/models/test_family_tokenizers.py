@@ -138,6 +138,20 @@ def test_interface(family: str) -> None:
     assert tokenizer.chat_template["default"] in tokenizer.chat_template.values()
 
 
+def test_bytes_that_are_no_characters_leave_their_neighbours() -> None:
+    folder = CASES / "tokenizer_internlm"
+    tokenizer = internlm.load_tokenizer(folder)
+    original = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ids = tokenizer.convert_tokens_to_ids(["x", "<0xE4>", "<0x41>", "<0xBD>", "y"])
+    assert tokenizer.decode(ids) == original.decode(ids) == "x\ufffdA\ufffdy"
+
+
+def test_an_empty_answer_is_an_answer() -> None:
+    for family in ("chatglm", "chatglm2"):
+        tokenizer = LOADERS[family](CASES / f"tokenizer_{family}")
+        assert tokenizer("a", "")["input_ids"] == [*tokenizer("a")["input_ids"], tokenizer.eos_token_id]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_offsets_of_padded_batches(side: str) -> None:
     tokenizer = chatglm.load_tokenizer(CASES / "tokenizer_chatglm")
