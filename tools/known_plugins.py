@@ -1,15 +1,17 @@
 """Write collie_core/known_plugins.json: every plugin of this project, for hints and lists.
 
-Read from the `pyproject.toml` of each distribution and the first docstring line of each plugin class
+Read from the `pyproject.toml` of each distribution and the docstring and declarations of each plugin class
 (parsed, not imported), with the planned distributions of PLANNED.  Usage: python tools/known_plugins.py
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import tomllib
 from pathlib import Path
+from typing import Any
+
+from collie_core.registry.declarations import declared
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "collie_core" / "known_plugins.json"
@@ -27,42 +29,35 @@ PLANNED = [
     ("model", "internlm2", "collie-internlm", "InternLM2"),
     ("model", "chatglm", "collie-chatglm", "ChatGLM and ChatGLM2"),
     ("model", "moss", "collie-moss", "MOSS"),
-    ("model", "*", "collie-hf", "Any causal language model of transformers"),
     ("layout", "deepspeed", "collie-deepspeed", "DeepSpeed"),
     ("adapter", "lora", "collie-lora", "LoRA"),
     ("monitor", "system", "collie-system", "Network, disk and host memory"),
 ]
 
 
-def known_plugins() -> list[dict[str, str | bool]]:
+def known_plugins() -> list[dict[str, Any]]:
     """The entries of the file, in a stable order."""
-    entries: list[dict[str, str | bool]] = []
+    entries: list[dict[str, Any]] = []
     for project in sorted(ROOT.glob("collie_*/**/pyproject.toml")):
         data = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
         for group, plugins in data.get("entry-points", {}).items():
             for name, value in plugins.items():
-                entries.append(_entry(KINDS[group], name, data["name"], summary(value), True))
+                found = declared(value, [ROOT])
+                if not found.summary:
+                    raise LookupError(f"{project}: {name} = {value}: no class with a docstring")
+                entry = _entry(KINDS[group], name, data["name"], found.summary, True)
+                if found.supports:
+                    entry["supports"] = found.supports
+                if found.checkpoints:
+                    entry["checkpoints"] = found.checkpoints
+                entries.append(entry)
     present = {(entry["kind"], entry["name"]) for entry in entries}
     entries += [_entry(*planned, False) for planned in PLANNED if planned[:2] not in present]
-    return sorted(entries, key=lambda entry: (str(entry["kind"]), str(entry["name"])))
+    return sorted(entries, key=lambda entry: (entry["kind"], entry["name"]))
 
 
-def _entry(kind: str, name: str, distribution: str, text: str, released: bool) -> dict[str, str | bool]:
+def _entry(kind: str, name: str, distribution: str, text: str, released: bool) -> dict[str, Any]:
     return {"kind": kind, "name": name, "distribution": distribution, "summary": text, "released": released}
-
-
-def summary(value: str) -> str:
-    """The first docstring line of the class that `module:class` names, without its full stop."""
-    module, _, name = value.partition(":")
-    path = ROOT.joinpath(*module.split("."))
-    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return (ast.get_docstring(node) or "").partition("\n")[0].removesuffix(".")
-        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
-            return summary(f"{node.module}:{name}")
-    raise LookupError(f"{file}: no class {name}")
 
 
 def text() -> str:

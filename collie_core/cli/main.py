@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "complete a prompt",
     "export": "write a model in Hugging Face layout",
     "plugins": "list the installed plugins",
+    "models": "list the model families and their checkpoints",
     "config": "check or show a YAML file, or print the JSON schema",
     "data": "show the records of a YAML file as the model sees them",
     "slurm": "write a job for slurm and submit it",

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from collie_core.errors import CheckpointError, ConfigError, PluginError
 from collie_core.registry import PluginInfo, Registry, RunPlugins
+from collie_core.registry.discovery import known_plugins
+from collie_core.registry.registry import WILDCARD, where_to_get
 
 if TYPE_CHECKING:
     from collie_core.hookspecs import ModelProvider
@@ -78,6 +80,7 @@ def provider_for(
         raise CheckpointError(f"{where}has no model_type; name the model plugin with model.provider")
     plugins = RunPlugins(Registry()) if plugins is None else plugins
     try:
+        plugins.registry.find("model", name, wildcard=provider is None)
         plugin = plugins.add("model", name)
     except PluginError as error:
         raise PluginError(str(error) if provider else f"{where}model_type: {error}") from None
@@ -87,9 +90,17 @@ def provider_for(
     try:
         config = made.read_config(content)
     except ConfigError as error:
-        raise ConfigError(f"{where}{error}") from None
+        raise ConfigError(f"{where}{error}{_better(plugin.info, name)}") from None
     known_name = plugin.info.name if plugin.info else name
     return SelectedProvider(made, known_name, config, content, folder or Path(), plugin.info)
+
+
+def _better(used: PluginInfo | None, name: str) -> str:
+    """A hint where the plugin for all other model types was asked for lack of the family's own."""
+    if used is None or used.name != WILDCARD:
+        return ""
+    own = [plugin for plugin in known_plugins() if plugin.kind == "model" and plugin.name == name]
+    return f"; a plugin of its own serves {name}: {where_to_get(own[0])}" if own else ""
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:

@@ -52,13 +52,18 @@ class PluginInfo:
 
 @dataclass(frozen=True)
 class KnownPlugin:
-    """A plugin of this project, installed or not; for hints and lists only."""
+    """A plugin of this project, installed or not; for hints and lists only.
+
+    supports, checkpoints: what a model plugin declares (see `declarations`).
+    """
 
     kind: str
     name: str
     distribution: str
     summary: str
     released: bool
+    supports: tuple[str, ...] = ()
+    checkpoints: tuple[Mapping[str, str], ...] = ()
 
 
 def known_plugins() -> list[KnownPlugin]:

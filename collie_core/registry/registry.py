@@ -48,14 +48,14 @@ class Registry:
         """Every installed plugin, the core's own included, by kind and name."""
         return list(self._plugins)
 
-    def find(self, kind: str, name: str) -> PluginInfo:
+    def find(self, kind: str, name: str, wildcard: bool = True) -> PluginInfo:
         """The plugin that `name` (or `distribution:name`) means.
 
-        A model type that no plugin claims is served by the one registered as `*`.
+        A model type that no plugin claims is served by the one registered as `*`, unless `wildcard` is false.
         Raises PluginError for a name that is unknown, not installed, switched off or claimed twice.
         """
         claimants = self._claimants(kind, name)
-        if not claimants and kind == "model" and ":" not in name:
+        if not claimants and wildcard and kind == "model" and ":" not in name:
             claimants = self._claimants(kind, WILDCARD)
         usable = [info for info in claimants if info.status != "off"]
         if len(usable) == 1:
@@ -128,16 +128,16 @@ class Registry:
     def _unknown(self, kind: str, name: str) -> str:
         distribution, _, short = name.rpartition(":")
         usable = [info for info in self._plugins if info.kind == kind and info.status != "off"]
-        installed = sorted({info.name for info in usable})
+        installed = sorted({info.name for info in usable} - {WILDCARD})
         listed = f"installed {kind}s: {', '.join(installed) or 'none'}"
         if distribution:
             owners = sorted({i.distribution for i in self._plugins if i.kind == kind and i.name == short})
             told = f"; {kind} {short!r} comes from {', '.join(owners)}" if owners else ""
             return f"distribution {distribution!r} has no {kind} {short!r}{told}; {listed}"
-        ours = [plugin for plugin in known_plugins() if plugin.kind == kind]
+        ours = [plugin for plugin in known_plugins() if plugin.kind == kind and plugin.name != WILDCARD]
         for plugin in ours:
             if plugin.name == short:
-                return f"{kind} {short!r} is not installed: {_where_to_get(plugin)}; {listed}"
+                return f"{kind} {short!r} is not installed: {where_to_get(plugin)}; {listed}"
         other = next((info.kind for info in self._plugins if info.name == short), None)
         if other is not None:
             return f"unknown {kind} {short!r}: it is {_a(other)}, not {_a(kind)}; {listed}"
@@ -192,7 +192,8 @@ def _claimed_twice(kind: str, name: str, claimants: list[PluginInfo]) -> str:
     return f"{head}:{lines}\n  write {names}, or uninstall one"
 
 
-def _where_to_get(plugin: KnownPlugin) -> str:
+def where_to_get(plugin: KnownPlugin) -> str:
+    """How a plugin of this project is installed, for messages."""
     if not plugin.released:
         return f"it is planned as {plugin.distribution}, which does not exist yet"
     line = f"pip install {plugin.distribution}"

@@ -1,4 +1,4 @@
-"""LLaMA's tokenizers: sentencepiece (LLaMA 1 and 2, OpenLLaMA, Mistral) and tokenizer.json (LLaMA 3, Qwen)."""
+"""LLaMA's tokenizers: sentencepiece (LLaMA 1 and 2, OpenLLaMA, Mistral), tokenizer.json (LLaMA 3, Qwen)."""
 
 from __future__ import annotations
 

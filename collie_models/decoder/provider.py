@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class LlamaLikeProvider:
-    """A sequential decoder whose checkpoints have LLaMA's names; a family adds `read_config` and `tokenizer`."""
+    """A decoder whose checkpoints have LLaMA's names; a family adds `read_config` and `tokenizer`."""
 
     template: str | None = None
     export_as: Mapping[str, Relative] = {}

@@ -16,10 +16,18 @@ __all__ = ["Transformers"]
 
 
 class Transformers:
-    """Any causal language model that transformers implements."""
+    """Any causal language model that transformers implements; serves what no other plugin claims."""
 
     collie_api = 1
     supports = ("flash", "pp", "tp where transformers has a plan")
+    checkpoints = (
+        {"name": "openai-community/gpt2", "parameters": "0.1B"},
+        {"name": "microsoft/phi-2", "parameters": "2.8B"},
+        {"name": "google/gemma-2-2b", "parameters": "2.6B", "licence": "Gemma Terms of Use"},
+        {"name": "google/gemma-3-1b-pt", "parameters": "1.0B", "licence": "Gemma Terms of Use"},
+        {"name": "EleutherAI/pythia-1.4b", "parameters": "1.4B"},
+        {"name": "allenai/OLMo-2-1124-7B", "parameters": "7.3B"},
+    )
 
     @dataclass(frozen=True)
     class Options:

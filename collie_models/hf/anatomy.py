@@ -177,7 +177,9 @@ def _run(model: nn.Module, stack: nn.Module, layers_name: str) -> _Trace:
             raise
         except Exception as error:  # the reason is what the model did with what every model gets
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise ConfigError(f"it does not run with attention and positions from outside ({reason})") from None
+            raise ConfigError(
+                f"it does not run with attention and positions from outside ({reason})"
+            ) from None
     return trace
 
 

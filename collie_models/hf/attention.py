@@ -43,7 +43,7 @@ class BatchVisibility:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, scores: Scores) -> Tensor:
         if q.shape[2] != self.ctx.input_ids.shape[1]:
             raise ConfigError(
-                "a layer of transformers was given a part of the sequence; set layout.sequence_parallel: false"
+                "a layer of transformers got a part of the sequence; set layout.sequence_parallel: false"
             )
         return self.attend(q, k, v, self.ctx, scale, scores)
 

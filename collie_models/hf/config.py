@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 #: Keys that say that there are experts, whose routing has a loss of its own.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "router_aux_loss_coef")
-#: Rotary types that depend on the longest record of the batch, and so differ between packed and single records.
+#: Rotary types that depend on the longest record of a batch: packed and single records would differ.
 _DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -61,19 +61,19 @@ def _refuse_config(name: str, config: PreTrainedConfig) -> None:
         if getattr(config, key, None):
             raise ConfigError(f"{key}: {getattr(config, key)!r}: mixtures of experts are not supported")
     if getattr(config, "layerdrop", 0):
-        raise ConfigError(f"layerdrop: {getattr(config, 'layerdrop')!r} is not supported, set it to 0")
+        raise ConfigError(f"layerdrop: {config.layerdrop!r} is not supported, set it to 0")
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
     for parameters in nested or [rope]:
         if parameters.get("rope_type") in _DEPENDENT_ROPE:
             raise ConfigError(
-                f"rope_type {parameters['rope_type']!r} is not supported by this provider: the library computes "
-                "it from the longest record of a batch"
+                f"rope_type {parameters['rope_type']!r} is not supported: the library "
+                "computes it from the longest record of a batch"
             )
 
 
 def _warn_of_unknown(kind: type[PreTrainedConfig], content: Mapping[str, Any]) -> None:
-    """Keys that the library's config does not have may be misspelt; hub configs have many, so none is refused."""
+    """Unknown keys may be misspelt; but configs on the hub have many, so none is refused."""
     known = {*kind().to_dict(), *kind.attribute_map, *_OF_OLDER_VERSIONS}
     unknown = sorted(key for key in content if key not in known)
     if unknown:
@@ -82,9 +82,9 @@ def _warn_of_unknown(kind: type[PreTrainedConfig], content: Mapping[str, Any]) -
 
 #: Keys that the library reads or wrote in some version, and that its configs do not show.
 _OF_OLDER_VERSIONS = frozenset(
-    "torch_dtype dtype transformers_version _name_or_path rope_theta rope_scaling tie_word_embeddings use_cache "
-    "task_specific_params n_ctx summary_type summary_use_proj summary_activation summary_first_dropout "
-    "summary_proj_to_labels sliding_window_pattern _attn_implementation cache_implementation "
+    "torch_dtype dtype transformers_version _name_or_path rope_theta rope_scaling tie_word_embeddings "
+    "use_cache task_specific_params n_ctx summary_type summary_use_proj summary_activation "
+    "summary_first_dropout summary_proj_to_labels sliding_window_pattern _attn_implementation cache_implementation "
     "hidden_act max_window_layers partial_rotary_factor rope_local_base_freq bos_token_id eos_token_id "
     "pad_token_id decoder_start_token_id sep_token_id prefix torchscript".split()
 )

@@ -58,7 +58,9 @@ class _PassingStack(nn.Module):
         self._kind = type(stack)
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=bound(self._kind, args, kwargs)["inputs_embeds"])
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=bound(self._kind, args, kwargs)["inputs_embeds"]
+        )
 
 
 class _Nothing(nn.Module):
@@ -192,8 +194,7 @@ def _front(
 ) -> tuple[nn.Module, list[_PassingLayer]]:
     """The stack without its layers and what follows them, and the stand-ins of the layers."""
     layers = [
-        _PassingLayer(layer, anatomy.gives_tuple)
-        for layer in stack.get_submodule(anatomy.layers).children()
+        _PassingLayer(layer, anatomy.gives_tuple) for layer in stack.get_submodule(anatomy.layers).children()
     ]
     others = {name: nn.Identity() for name in anatomy.after} | dict(replaced)
     return _shell(stack, {anatomy.layers: nn.ModuleList(layers), **others}), layers

@@ -57,7 +57,7 @@ def tensor_parallel_problems(config: PreTrainedConfig, sequence_parallel: object
     found = []
     if not _translatable(config):
         found.append(
-            f"transformers has no tensor-parallel plan for {config.model_type} that CoLLiE computes; set tp_size: 1"
+            f"transformers has no tensor-parallel plan for {config.model_type} that fits; set tp_size: 1"
         )
     dropout = [key for key in ("attention_dropout", "attn_pdrop", "resid_pdrop") if getattr(config, key, 0)]
     if dropout:
@@ -74,5 +74,6 @@ def _translatable(config: PreTrainedConfig) -> dict[str, str]:
         for name, style in (config.base_model_tp_plan or {}).items()
         if style not in _EMBEDDING_STYLES and fnmatchcase(name, "*.[*].*")
     }
-    fused = any("qkv" in name or "query_key_value" in name for name in plan)  # cut by heads in ways of their own
+    # fused projections are laid out by heads in ways of their own
+    fused = any("qkv" in name or "query_key_value" in name for name in plan)
     return plan if all(style in _STYLES for style in plan.values()) and not fused else {}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from collie_core.plugin import CheckpointError, ConfigError, ParallelPlan, Relative, Rename, WeightRule
@@ -91,5 +90,5 @@ def _stock(config: PreTrainedConfig) -> PreTrainedModel:
         raise ConfigError(
             f"model_type {config.model_type!r}: transformers cannot make this model: {reason}"
         ) from None
-    assert isinstance(model, nn.Module)
+    assert isinstance(model, PreTrainedModel)
     return model

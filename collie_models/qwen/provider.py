@@ -32,7 +32,7 @@ class Qwen3ForCausalLM(Decoder):
 class Qwen2Provider(LlamaLikeProvider):
     """Queries, keys and values have a bias, the output of attention has none."""
 
-    model_class = Qwen2ForCausalLM
+    model_class: type[Decoder] = Qwen2ForCausalLM
 
     def read_config(self, hf_config: Mapping[str, Any]) -> DecoderConfig:
         """Raises ConfigError for layers with a sliding window, which the model plugin `hf` has."""
