@@ -12,6 +12,7 @@ from collie_models.decoder.spm_tokenizer import (
     fast_tokenizer,
     read_json,
     read_sentencepiece,
+    renamed_pieces,
     token_text,
 )
 
@@ -39,7 +40,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
                 raise
         else:
             settings = _special_tokens(folder, settings)
-            return fast_tokenizer(folder, backend_tokenizer(proto, settings.get("legacy", True)), settings)
+            names = renamed_pieces(folder, settings, proto)
+            backend = backend_tokenizer(proto, settings.get("legacy", True), names)
+            return fast_tokenizer(folder, backend, settings)
     if not complete.is_file():
         raise CheckpointError(f"{folder}: no tokenizer: expected tokenizer.model or tokenizer.json")
     return read_tokenizer_json(folder)

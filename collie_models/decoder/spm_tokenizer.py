@@ -97,6 +97,14 @@ def backend_tokenizer(
     return tokenizer
 
 
+def renamed_pieces(folder: Path, settings: Mapping[str, Any], proto: Any) -> dict[int, str]:
+    """Pieces of the sentencepiece model that the folder's files give another name, such as unused ones."""
+    stated = list((settings.get("added_tokens_decoder") or {}).items())
+    stated += [(t["id"], t) for t in read_json(folder / "tokenizer.json").get("added_tokens") or []]
+    names = {int(index): token["content"] for index, token in stated if int(index) < len(proto.pieces)}
+    return {index: name for index, name in names.items() if name != proto.pieces[index].piece}
+
+
 def _merges(proto: Any, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     """Every way to put a piece together from two, best piece first, as sentencepiece merges them."""
     found = []

@@ -15,6 +15,7 @@ from collie_models.decoder.spm_tokenizer import (
     fast_tokenizer,
     read_json,
     read_sentencepiece,
+    renamed_pieces,
     token_text,
 )
 from collie_models.internlm.template import TEMPLATES, TEMPLATES2
@@ -98,10 +99,7 @@ def load_tokenizer2(folder: Path) -> InternLM2Tokenizer:
     """InternLM2's tokenizer in a folder.  Raises CheckpointError for a missing or damaged file."""
     settings = _settings(folder)
     proto = _model(folder)
-    # pieces of the sentencepiece model that the folder's settings give another name
-    added = list((settings.get("added_tokens_decoder") or {}).items())
-    added += [(t["id"], t) for t in read_json(folder / "tokenizer.json").get("added_tokens") or []]
-    names = {int(index): token["content"] for index, token in added if int(index) < len(proto.pieces)}
+    names = renamed_pieces(folder, settings, proto)
     backend = backend_tokenizer(proto, names=names)
     tokenizer = _finish(folder, backend, settings, InternLM2Tokenizer)
     tokenizer.chat_template = named_templates(tokenizer.chat_template, TEMPLATES2, "internlm2-chat")
