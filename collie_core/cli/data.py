@@ -59,11 +59,13 @@ def pieces(ids: list[int], trained: list[bool], tokenizer: Any) -> list[Piece]:
     """The text of a record, special tokens written out, cut where the mask changes."""
     special = set(tokenizer.all_special_ids)
     found: list[Piece] = []
+    names: dict[int, str] = {}
     for is_special, same in groupby(range(len(ids)), lambda place: ids[place] in special):
         places = list(same)
         if is_special:
-            names = tokenizer.convert_ids_to_tokens([ids[place] for place in places])
-            found += [Piece(str(name), trained[place]) for place, name in zip(places, names, strict=True)]
+            # some tokenizers' own names of special tokens are empty
+            names = names or {index: token for token, index in tokenizer.get_vocab().items()}
+            found += [Piece(names[ids[place]], trained[place]) for place in places]
         else:
             found += _plain_pieces(
                 [ids[place] for place in places], [trained[place] for place in places], tokenizer
