@@ -185,11 +185,14 @@ def test_damaged_metadata_disturbs_no_other_plugin(install: Install, site: Path)
 )
 def test_unknown_names_get_the_nearest_and_the_way_to_get_them(kind: str, name: str, expected: str) -> None:
     with pytest.raises(PluginError, match=expected):
-        Registry().find(kind, name)
+        Registry().find(kind, name, wildcard=False)
 
 
-def test_a_wildcard_provider_serves_model_types_that_none_claims(install: Install) -> None:
-    install("", kind="model", name="*")
+def test_a_wildcard_provider_serves_model_types_that_none_claims(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distribution = install("", kind="model", name="*")
+    monkeypatch.setenv("COLLIE_PLUGINS", f"collie-llama {distribution}")  # not collie-hf
     registry = Registry()
     assert registry.find("model", "gpt9000").name == "*"
     assert registry.find("model", "llama").name == "llama"
