@@ -6,6 +6,7 @@ worker.py STEPS [CODE]: CODE is run by rank 1 in its fourth step.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
@@ -30,8 +31,9 @@ def work(steps: int, code: str) -> int:
                 dist.all_reduce(flag, op=dist.ReduceOp.MAX)
                 if flag:
                     time.sleep(float(os.environ.get("SAVE_SECONDS", "0")) if world.rank == 0 else 0)
+                    dist.all_reduce(flag)  # the others wait for the save in a collective
                     print(f"saved after {step}", flush=True)
-                    return 128 + int(flag)
+                    return 128 + int(signals.received or signal.SIGTERM)
                 time.sleep(0.02)
                 print(f"step {step}", flush=True)
         return 0

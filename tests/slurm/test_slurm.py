@@ -15,6 +15,8 @@ import pytest
 import yaml
 from slurm_cluster import Cluster, missing
 
+from collie_core.launch.slurm import expand
+
 WHY_NOT = missing()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no slurm: {WHY_NOT}")
 COLLIE = (sys.executable, "-m", "collie_core")
@@ -159,3 +161,10 @@ def test_two_jobs_on_the_same_nodes_do_not_meet(slurm: Cluster) -> None:
     ]
     assert [job.communicate(timeout=90)[0].count(b"step 39") for job in both] == [1, 1]
     assert [job.returncode for job in both] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "nodes", ["node01", "gpu[1-3,07],login", "a[1-2]b[3-4]", "n[008-011]", "r-n[2,4]-ib,x-y"]
+)
+def test_node_lists_are_read_as_scontrol_reads_them(slurm: Cluster, nodes: str) -> None:
+    assert list(expand(nodes)) == slurm.call("scontrol", "show", "hostnames", nodes).split()
