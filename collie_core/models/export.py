@@ -17,6 +17,7 @@ from collie_core.errors import CheckpointError, ConfigError, UserError, nearest
 from collie_core.files import fsync_dir, json_text
 from collie_core.models.loading import Slots, export_weights
 from collie_core.models.weight_files import SAFETENSORS, SAFETENSORS_INDEX
+from collie_core.models.weight_map import Rename
 from collie_core.ops import select_ops
 
 if TYPE_CHECKING:
@@ -53,8 +54,9 @@ def export_pretrained(
     """Write a model folder.  `tensors` are (parameter name, whole tensor), consumed one at a time.
 
     source: the folder that the model came from; its generation config and, without `tokenizer`, its
-    tokenizer files are copied.  dtypes: of the parameters; None: all have that of the first.
-    relative: write as this one of `provider.export_as`.  replace: the folder may hold an earlier export.
+    tokenizer files are copied (for a relative the provider's tokenizer saves itself).  dtypes: of the
+    parameters; None: all have that of the first.  relative: write as this one of `provider.export_as`.
+    replace: the folder may hold an earlier export.
     The folder appears whole; an earlier export in it loses its weights before the new ones move in.
     Raises UserError for a folder that is not empty, ConfigError for an unknown relative, CheckpointError
     where `tensors` are not those of the model.
@@ -75,9 +77,12 @@ def export_pretrained(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        specs, stream = _specs(provider, config, tensors, dtypes)
+        twice = {rule.target for rule in rules if isinstance(rule, Rename) and rule.stored_twice}
+        specs, stream = _specs(provider, config, tensors, dtypes, twice)
         export_weights(aside, stream, specs, rules, max_shard_bytes)
         _write_configs(aside, written_config, specs, source)
+        if tokenizer is None and relative is not None and source is not None and _has_tokenizer(source):
+            tokenizer = provider.tokenizer(source)  # in the form that any tool reads
         if tokenizer is not None:
             tokenizer.save_pretrained(str(aside))
         elif source is not None and source.resolve() != folder.resolve():
@@ -92,20 +97,34 @@ def _specs(
     config: Any,
     tensors: Iterable[tuple[str, Tensor]],
     dtypes: Mapping[str, torch.dtype] | None,
+    twice: set[str],
 ) -> tuple[dict[str, tuple[torch.Size, torch.dtype]], Iterator[tuple[str, Tensor]]]:
-    """Shapes and dtypes of the parameters in the module's order, and the stream in those dtypes."""
+    """Shapes and dtypes of the parameters in the module's order, and the stream in those dtypes.
+
+    Of tied parameters there is one, but for the names in `twice`, which come after it with its values.
+    """
     with torch.device("meta"):
         slots = Slots(provider.build(config, select_ops()))
     first_of: Iterator[tuple[str, Tensor]] = iter(tensors)
     first = next(first_of, None)
     stream = first_of if first is None else itertools.chain([first], first_of)
     common = first[1].dtype if first is not None else torch.float32
-    expected = {name: tensor for name, tensor in slots.tensors.items() if name not in slots.copies}
+    copies = {name: original for name, original in slots.copies.items() if name in twice}
     specs = {}
-    for name, tensor in expected.items():
+    for name, tensor in slots.tensors.items():
+        if name in slots.copies and name not in copies:
+            continue
         dtype = common if tensor.dtype.is_floating_point else tensor.dtype
-        specs[name] = (tensor.shape, dtypes[name] if dtypes is not None else dtype)
-    return specs, _checked(stream, specs)
+        specs[name] = (tensor.shape, dtypes[copies.get(name, name)] if dtypes is not None else dtype)
+    return specs, _checked(_with_copies(stream, copies), specs)
+
+
+def _with_copies(
+    stream: Iterator[tuple[str, Tensor]], copies: Mapping[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in stream:
+        yield name, tensor
+        yield from ((copy, tensor) for copy, original in copies.items() if original == name)
 
 
 def _checked(
@@ -139,10 +158,23 @@ def _write_configs(
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
 
 
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in folder.iterdir()
+        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in TOKENIZER_FILES)
+    ]
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """True where there is more than a description of a tokenizer."""
+    names = {path.name for path in _tokenizer_files(folder)}
+    return bool(names - {"tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"})
+
+
 def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for path in source.iterdir():
-        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in TOKENIZER_FILES):
-            shutil.copyfile(path, folder / path.name)
+    for path in _tokenizer_files(source):
+        shutil.copyfile(path, folder / path.name)
 
 
 def _publish(aside: Path, folder: Path, in_place: bool) -> None:

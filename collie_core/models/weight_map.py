@@ -34,10 +34,14 @@ class WeightRule(Protocol):
 
 @dataclass(frozen=True)
 class Rename:
-    """One tensor under another name."""
+    """One tensor under another name.
+
+    stored_twice: where the target is tied to another parameter, its own tensor is written all the same.
+    """
 
     source: str
     target: str
+    stored_twice: bool = False
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""The two ways of putting attention and MLP around the residual stream."""
+"""The ways of putting attention and MLP around the residual stream."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -30,6 +31,21 @@ class SequentialBlock(nn.Module):
         return out
 
 
+class NormedBlock(SequentialBlock):
+    """a = norm(h); m = norm(scale a + attention(a)); scale m + mlp(m) (ChatGLM)."""
+
+    def __init__(self, config: DecoderConfig, ops: Ops) -> None:
+        super().__init__(config, ops)
+        self.scale = config.residual_scale
+
+    def forward(self, h: Tensor, ctx: Context) -> Tensor:
+        """h (B, S, E) -> (B, S, E)."""
+        a = self.attention_norm(h)
+        m = self.mlp_norm(self.scale * a + self.attention(a, ctx))
+        out: Tensor = self.scale * m + self.mlp(m)
+        return out
+
+
 class ParallelBlock(nn.Module):
     """h + attention(x) + mlp(x), where x = norm(h) (GPT-J, MOSS)."""
 
@@ -44,3 +60,10 @@ class ParallelBlock(nn.Module):
         x = self.norm(h)
         out: Tensor = h + self.attention(x, ctx) + self.mlp(x)
         return out
+
+
+BLOCKS: Mapping[str, type[SequentialBlock | ParallelBlock]] = {
+    "sequential": SequentialBlock,
+    "parallel": ParallelBlock,
+    "normed": NormedBlock,
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from collie_models.decoder.rotary import Rotary
+from collie_models.decoder.rotary import AnyRotary
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class DecoderConfig:
     num_kv_heads < num_heads is grouped-query attention (1: multi-query).  qk_norm: RMSNorm over the channels
     of each query and key head (Qwen3).  window: positions that a query sees, itself included; None: all.
     residual `parallel`: attention and MLP read the same norm and are added at once; `sequential`: MLP after
-    attention, each with a norm of its own.
+    attention, each with a norm of its own; `normed`: as that, but what is added to is the norm's output times
+    residual_scale.  final_norm: a norm before the head.  max_positions: there are no more than these.
     """
 
     vocab_size: int
@@ -25,7 +26,7 @@ class DecoderConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rotary: Rotary
+    rotary: AnyRotary
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
@@ -36,7 +37,10 @@ class DecoderConfig:
     attention_output_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False
-    residual: Literal["sequential", "parallel"] = "sequential"
+    residual: Literal["sequential", "parallel", "normed"] = "sequential"
+    residual_scale: float = 1.0
+    final_norm: bool = True
+    max_positions: int | None = None
     tie_embeddings: bool = False
     initializer_range: float = 0.02
     eos_token_id: int | tuple[int, ...] | None = None

@@ -66,6 +66,20 @@ class ConfigReader:
             if key not in known:
                 raise ConfigError(f"{self.where}unknown key {key!r}{nearest(key, known)}")
 
+    def token(self, key: str, default: int | None = None) -> int | None:
+        """The id of a token, or what stands for it; null counts as absent.  -1 is no token."""
+        value = self._value(key, default)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise self.wrong(key, "the id of a token")
+        return None if value is None or value < 0 else value
+
+    def tokens(self, key: str, default: int | None = None) -> int | tuple[int, ...] | None:
+        """The id of a token, or of several in a list."""
+        value = self._value(key, default)
+        if isinstance(value, list) and all(isinstance(item, int) for item in value):
+            return tuple(value)
+        return self.token(key, default)
+
     def wrong(self, key: str, expected: str) -> ConfigError:
         """The error for a key with a wrong value."""
         if self.content.get(key) is None:

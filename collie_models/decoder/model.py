@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from collie_core.errors import UserError
 from collie_core.plugin import CausalLM
-from collie_models.decoder.blocks import ParallelBlock, SequentialBlock
+from collie_models.decoder.blocks import BLOCKS
 from collie_models.decoder.config import DecoderConfig
 from collie_models.decoder.layers import make_norm
 
 if TYPE_CHECKING:
     from collie_core.ops import Context, Ops
+    from collie_core.run import Run
 
 
 class Embedding(nn.Module):
@@ -35,7 +37,7 @@ class Head(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.norm = make_norm(config)
+        self.norm = make_norm(config) if config.final_norm else nn.Identity()
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
 
     def forward(self, h: Tensor, ctx: Context) -> Tensor:
@@ -52,9 +54,29 @@ class Decoder(CausalLM):
 
     def __init__(self, config: DecoderConfig, ops: Ops) -> None:
         super().__init__()
-        block = SequentialBlock if config.residual == "sequential" else ParallelBlock
+        block = BLOCKS[config.residual]
+        self.max_positions = config.max_positions
         self.embed = Embedding(config)
         self.blocks = nn.ModuleDict({str(index): block(config, ops) for index in range(config.num_layers)})
         self.head = Head(config)
         if config.tie_embeddings:
             self.head.lm_head.weight = self.embed.tokens.weight
+
+    def prepare_context(self, ctx: Context) -> Context:
+        """Refuse rows that are longer than the model has positions; records of packed rows are not looked at.
+
+        Raises UserError.
+        """
+        length = ctx.input_ids.shape[1]
+        if ctx.segments is None and self.max_positions is not None and length > self.max_positions:
+            raise UserError(f"{length} tokens in a row, and the model has {self.max_positions} positions")
+        return ctx
+
+
+def position_problems(run: Run) -> list[str]:
+    """What `collie_check` says of records that may be longer than the model has positions."""
+    limit = None if run.source is None else run.source.config.max_positions
+    longest = run.config.data.max_length
+    if limit is None or longest <= limit:
+        return []
+    return [f"data.max_length: {longest} is above the model's {limit} positions"]

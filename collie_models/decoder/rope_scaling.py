@@ -52,6 +52,16 @@ class Unscaled:
 
 
 @dataclass(frozen=True)
+class HalfPrecision:
+    """Frequencies rounded to fp16, as ChatGLM-6B stores them."""
+
+    attention_factor: float = 1.0
+
+    def frequencies(self, dim: int, theta: float, ctx: Context) -> Tensor:
+        return inverse_frequencies(dim, theta, ctx.positions.device).half().float()
+
+
+@dataclass(frozen=True)
 class Linear:
     """`linear`: positions divided by a factor (Chen et al. 2023, arXiv 2306.15595)."""
 
