@@ -85,6 +85,6 @@ _OF_OLDER_VERSIONS = frozenset(
     "torch_dtype dtype transformers_version _name_or_path rope_theta rope_scaling tie_word_embeddings "
     "use_cache task_specific_params n_ctx summary_type summary_use_proj summary_activation "
     "summary_first_dropout summary_proj_to_labels sliding_window_pattern _attn_implementation "
-    "cache_implementation hidden_act max_window_layers partial_rotary_factor rope_local_base_freq bos_token_id eos_token_id "
-    "pad_token_id decoder_start_token_id sep_token_id prefix torchscript".split()
+    "cache_implementation hidden_act max_window_layers partial_rotary_factor rope_local_base_freq "
+    "bos_token_id eos_token_id pad_token_id decoder_start_token_id sep_token_id prefix torchscript".split()
 )

@@ -170,6 +170,7 @@ class TransformersForCausalLM(CausalLM):
             }
         )
         self.head = Head(model, anatomy)
+        self.eval()  # as the library hands out its models: no dropout until training asks for it
 
     @torch.no_grad()
     def reset_buffers(self, device: torch.device) -> None:
