@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from collie_core.errors import UserError
+
 if TYPE_CHECKING:
     from collie_core.ops.cache import LayerCache
 
@@ -51,6 +53,7 @@ class Context:
 
         attention_mask is (B, K), 1 or true for a token; where all are tokens it is dropped, which waits for
         the device.  Training says what is padding by `segments`, which never does.
+        Raises UserError for a mask of another shape.
         """
         given = position_ids is not None and segments is None  # a packed row's are the engine's
         if position_ids is None:
@@ -59,6 +62,10 @@ class Context:
                 begins = segments != segments.roll(1, 1)
                 position_ids = position_ids - (begins * position_ids).cummax(1).values
         if attention_mask is not None:
+            if attention_mask.ndim != 2:
+                raise UserError(
+                    f"attention_mask: expected (batch, length), got {tuple(attention_mask.shape)}"
+                )
             attention_mask = attention_mask.to(device=input_ids.device, dtype=torch.bool)
             if bool(attention_mask.all()):
                 attention_mask = None
