@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collie_core.config.schema import CollieConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,17 +15,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
     parser.add_argument("--model", metavar="M", help="model folder, hub id, run folder or checkpoint")
+    parser.add_argument("--nproc", type=int, metavar="N", help="number of processes, as for train")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print every evaluator's figures on the evaluation data."""
-    from collie_core.config.load import load_config
+    from collie_core.launch.command import run_command
+
+    if args.model is not None:
+        args.overrides += [
+            f"model.path={json.dumps(args.model)}",
+            "model.provider=null",
+            "model.revision=null",
+        ]
+    options = ["--json"] if args.json else []
+    return run_command("eval", args, options, "eval", lambda config: _evaluate(args, config))
+
+
+def _evaluate(args: argparse.Namespace, config: CollieConfig) -> int:
     from collie_core.train.trainer import Trainer
 
-    config = load_config(args.config, args.overrides)
-    if args.model is not None:
-        config.model.path, config.model.provider, config.model.revision = args.model, None, None
     figures = Trainer(config).evaluate()
     if args.json:
         print(json.dumps(figures))

@@ -29,49 +29,15 @@ def run(args: argparse.Namespace) -> int:
 
     Outside torchrun and srun, more than one process are started here.
     """
-    from collie_core.config.load import load_config
     from collie_core.errors import UserError
-    from collie_core.launch.preflight import arithmetic, check_before_launch, check_devices, product
-    from collie_core.launch.rank import as_rank, final_status
-    from collie_core.launch.world import current_world
+    from collie_core.launch.command import run_command
 
-    world = current_world()
-    if world.launcher == "none":
-        config = load_config(args.config, args.overrides)
-        _check_arguments(args)
-        processes = product(config)
-        if args.nproc not in (None, processes):
-            raise UserError(
-                f"--nproc {args.nproc}, but {arithmetic(config)}; leave --nproc out or change a size "
-                "(such as dp_size=N)"
-            )
-        if processes > 1:
-            from collie_core.launch.launcher import launch
-
-            check_before_launch(config)
-            check_devices(config)
-            return launch(_arguments(args), processes, config.train.stop_grace)
-    with as_rank(world):
-        _check_arguments(args)
-        status = _train(args, load_config(args.config, args.overrides))
-    return final_status(world, status)
-
-
-def _check_arguments(args: argparse.Namespace) -> None:
-    from collie_core.errors import UserError
-
-    for name in ("profile", "nproc"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name}: expected a whole number >= 1, got {value}")
-
-
-def _arguments(args: argparse.Namespace) -> list[str]:
-    """The command line of each process that is started."""
+    if args.profile is not None and args.profile < 1:
+        raise UserError(f"--profile: expected a number of steps >= 1, got {args.profile}")
     options = ["--profile", str(args.profile)] if args.profile else []
     if args.json:
         options.append("--json")
-    return ["-m", "collie_core", "train", args.config, *args.overrides, *options]
+    return run_command("train", args, options, "train", lambda config: _train(args, config))
 
 
 def _train(args: argparse.Namespace, config: CollieConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from collie_core.config.checks import check_config
 from collie_core.config.problems import ConfigProblems
@@ -33,8 +34,8 @@ def check_devices(config: CollieConfig) -> None:
         )
 
 
-def check_before_launch(config: CollieConfig) -> None:
-    """The config, its plugins and their checks, the model's config and the data files.
+def check_before_launch(config: CollieConfig, needed: Literal["train", "eval"] = "train") -> None:
+    """The config, its plugins and their checks, the model's config and the data files; `needed` must be set.
 
     Raises UserErrors as the run itself would.
     """
@@ -46,10 +47,9 @@ def check_before_launch(config: CollieConfig) -> None:
     check_run(config)
     model = config.model
     select_provider(model.path, provider=model.provider, revision=model.revision)
-    if config.data.train is None:
-        raise config.problems(
-            ConfigProblems([(("data", "train"), "is required to train: a file or folder of records")])
-        )
+    if getattr(config.data, needed) is None:
+        message = f"is required for {needed}: a file or folder of records"
+        raise config.problems(ConfigProblems([(("data", needed), message)]))
     for split in ("train", "eval"):
         for section in sections_of(getattr(config.data, split) or []):
             if not Path(section.path).exists():  # a name on the hub, or a mistake that this tells

@@ -48,7 +48,7 @@ class BatchJob:
             f"signal=TERM@{notice}",
             *self.options,
         ]
-        lines = "\n".join(f"#SBATCH --{option}" for option in options)
+        lines = "\n".join(f"#SBATCH --{_quoted(option)}" for option in options)
         command = shlex.join([*collie(), *arguments])
         return SCRIPT.format(options=lines, folder=shlex.quote(str(self.folder)), command=command)
 
@@ -74,6 +74,11 @@ if grep -q 'JobState=RUNNING' <<< "$job"; then
 fi
 exit "$status"
 """
+
+
+def _quoted(option: str) -> str:
+    name, equals, value = option.partition("=")
+    return f"{name}{equals}{shlex.quote(value)}" if equals else name
 
 
 def mark_stopped(folder: Path, environ: Mapping[str, str] = os.environ) -> None:
