@@ -90,17 +90,17 @@ def provider_for(
     try:
         config = made.read_config(content)
     except ConfigError as error:
-        raise ConfigError(f"{where}{error}{_better(plugin.info, name)}") from None
+        raise ConfigError(f"{where}{error}{_better(plugin.info, content.get('model_type'))}") from None
     known_name = plugin.info.name if plugin.info else name
     return SelectedProvider(made, known_name, config, content, folder or Path(), plugin.info)
 
 
-def _better(used: PluginInfo | None, name: str) -> str:
+def _better(used: PluginInfo | None, model_type: object) -> str:
     """A hint where the plugin for all other model types was asked for lack of the family's own."""
     if used is None or used.name != WILDCARD:
         return ""
-    own = [plugin for plugin in known_plugins() if plugin.kind == "model" and plugin.name == name]
-    return f"; a plugin of its own serves {name}: {where_to_get(own[0])}" if own else ""
+    own = [plugin for plugin in known_plugins() if plugin.kind == "model" and plugin.name == model_type]
+    return f"; a plugin of its own serves {model_type}: {where_to_get(own[0])}" if own else ""
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:

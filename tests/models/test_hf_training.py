@@ -87,6 +87,7 @@ def test_trains_evaluates_saves_reloads_and_generates(
     model = Ours.from_pretrained(out / "model", provider="hf")
     row = torch.arange(5, 30).unsqueeze(0)
     torch.testing.assert_close(model(row).logits, stock(row).logits, atol=1e-5, rtol=1e-5)
+    stock.generation_config.eos_token_id = None
     made = model.generate(row, max_new_tokens=5, eos_token_id=-1)
     assert torch.equal(
         made, stock.generate(input_ids=row, max_new_tokens=5, min_new_tokens=5, do_sample=False)
