@@ -1,4 +1,4 @@
-"""`collie train`, `collie eval` and `collie slurm` with sizes above 1: what is refused, and the batch script."""
+"""`collie train`, `collie eval` and `collie slurm` with sizes above 1: mistakes, and the batch script."""
 
 from __future__ import annotations
 
@@ -88,9 +88,15 @@ def test_the_batch_script(collie: Run, tmp_path: Path) -> None:
     assert (status, err) == (0, "")
     for option in (
         *("nodes=2", "ntasks-per-node=4", "gpus-per-node=4", "partition=long", "time=8:00:00", "exclusive"),
-        *("requeue", "open-mode=append", "signal=TERM@600", "job-name=a b", "output=runs/a b/slurm/%j.out"),
+        *(
+            "requeue",
+            "open-mode=append",
+            "signal=TERM@600",
+            "job-name='a b'",
+            "output='runs/a b/slurm/%j.out'",
+        ),
     ):
-        assert f"#SBATCH --{option}" in script or f"#SBATCH --{option.replace('=', '=', 1)}" in script
+        assert f"#SBATCH --{option}\n" in script
     assert "train " in script and "dp_size=8 'output_dir=runs/a b'" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     assert not Path("runs/a b").exists()

@@ -56,7 +56,6 @@ def refused(result: tuple[int, str], out: Path, *expected: str) -> None:
     [
         ("train.epoks=2", ["train.epoks: unknown key, did you mean 'epochs'?"]),
         ("train.epochs=two", ["train.epochs: expected a whole number >= 1, got 'two'"]),
-        ("dp_size=2", ["dp_size 2 x tp_size 1 x pp_size 1 = 2, but the job has 1 process"]),
         ("train.global_batch_size=6", ["6 is no multiple of micro_batch_size 4"]),
         ("optimizer.name=sdg", ["sdg", "did you mean 'sgd'"]),
         ("optimizer={name: lomo, clip_mod: keep}", ["optimizer.clip_mod", "did you mean 'clip_mode'"]),
