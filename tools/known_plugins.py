@@ -25,10 +25,6 @@ KINDS = {
 }
 #: (kind, name, distribution, summary) of what the design names and no folder holds yet
 PLANNED = [
-    ("model", "internlm", "collie-internlm", "InternLM"),
-    ("model", "internlm2", "collie-internlm", "InternLM2"),
-    ("model", "chatglm", "collie-chatglm", "ChatGLM and ChatGLM2"),
-    ("model", "moss", "collie-moss", "MOSS"),
     ("layout", "deepspeed", "collie-deepspeed", "DeepSpeed"),
     ("adapter", "lora", "collie-lora", "LoRA"),
     ("monitor", "system", "collie-system", "Network, disk and host memory"),

@@ -26,14 +26,22 @@ class ChatGLM:
         {
             "name": "THUDM/chatglm-6b",
             "parameters": "6.2B",
-            "licence": "weights: not for commercial use unasked",
+            "licence": "weights: commercial use on registration",
         },
-        {"name": "THUDM/chatglm2-6b", "parameters": "6.2B", "licence": "weights: ask for commercial use"},
-        {"name": "THUDM/chatglm3-6b", "parameters": "6.2B", "licence": "weights: ask for commercial use"},
+        {
+            "name": "THUDM/chatglm2-6b",
+            "parameters": "6.2B",
+            "licence": "weights: commercial use on registration",
+        },
+        {
+            "name": "THUDM/chatglm3-6b",
+            "parameters": "6.2B",
+            "licence": "weights: commercial use on registration",
+        },
         {
             "name": "THUDM/chatglm3-6b-base",
             "parameters": "6.2B",
-            "licence": "weights: ask for commercial use",
+            "licence": "weights: commercial use on registration",
         },
     )
 

@@ -20,26 +20,30 @@ class InternLM:
     collie_api = 1
     supports = ("flash", "tp", "pp", "export as llama")
     checkpoints = (
-        {"name": "internlm/internlm-7b", "parameters": "7.3B", "licence": "weights: ask for commercial use"},
+        {
+            "name": "internlm/internlm-7b",
+            "parameters": "7.3B",
+            "licence": "weights: commercial use on registration",
+        },
         {
             "name": "internlm/internlm-chat-7b",
             "parameters": "7.3B",
-            "licence": "weights: ask for commercial use",
+            "licence": "weights: commercial use on registration",
         },
         {
             "name": "internlm/internlm-chat-7b-8k",
             "parameters": "7.3B",
-            "licence": "weights: ask for commercial use",
+            "licence": "weights: commercial use on registration",
         },
         {
             "name": "internlm/internlm-20b",
             "parameters": "20.1B",
-            "licence": "weights: ask for commercial use",
+            "licence": "weights: commercial use on registration",
         },
         {
             "name": "internlm/internlm-chat-20b",
             "parameters": "20.1B",
-            "licence": "weights: ask for commercial use",
+            "licence": "weights: commercial use on registration",
         },
     )
 
@@ -67,18 +71,22 @@ class InternLM2:
         {
             "name": "internlm/internlm2-1_8b",
             "parameters": "1.9B",
-            "licence": "weights: ask for commercial use",
+            "licence": "weights: commercial use on registration",
         },
-        {"name": "internlm/internlm2-7b", "parameters": "7.7B", "licence": "weights: ask for commercial use"},
+        {
+            "name": "internlm/internlm2-7b",
+            "parameters": "7.7B",
+            "licence": "weights: commercial use on registration",
+        },
         {
             "name": "internlm/internlm2-chat-7b",
             "parameters": "7.7B",
-            "licence": "weights: ask for commercial use",
+            "licence": "weights: commercial use on registration",
         },
         {
             "name": "internlm/internlm2-20b",
             "parameters": "19.9B",
-            "licence": "weights: ask for commercial use",
+            "licence": "weights: commercial use on registration",
         },
     )
 

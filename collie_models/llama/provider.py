@@ -25,7 +25,7 @@ class LlamaProvider:
     """What the engine knows of LLaMA."""
 
     template: str | None = None
-    export_as: Mapping[str, Relative] = {}
+    export_as: Mapping[str, Relative] = {"llama": Relative(dict, llama_weight_map)}  # it is what it is
 
     def read_config(self, hf_config: Mapping[str, Any]) -> DecoderConfig:
         """Both spellings of transformers (4: rope_theta, rope_scaling; 5: rope_parameters).
