@@ -132,7 +132,7 @@ class ChatGLMTokenizer(PythonTokenizer):
         if index < self._shift:
             return f"<image_{index}>"
         if index >= self.vocab_size:
-            return str(self.unk_token)
+            return ""  # a row of the embedding without a token
         return str(self._model.id_to_piece(index - self._shift))
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:

@@ -80,7 +80,7 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
         ids = [int(index) for index in ids if int(index) not in skipped]
         tokens = super().convert_ids_to_tokens(ids)
-        return ["" if index in silent else token for index, token in zip(ids, tokens, strict=True)]
+        return ["" if index in silent else token or "" for index, token in zip(ids, tokens, strict=True)]
 
     def _decode(self, token_ids: Any, skip_special_tokens: bool = False, *args: Any, **options: Any) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]

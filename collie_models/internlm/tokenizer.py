@@ -54,7 +54,8 @@ class InternLMTokenizer(SentencePieceTokenizer):
         special = set(self.all_special_tokens)
         text, after_special = "", False
         words: list[str] = []
-        for token in self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens):
+        for found in self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens):
+            token = found or ""  # the embedding may have more rows than there are tokens
             if token in special:
                 text += ("" if after_special else " ") + self.convert_tokens_to_string(words) + token
                 words = []

@@ -79,12 +79,8 @@ class MossTokenizer(PythonTokenizer):
         return self._backend.token_to_id(str(self.unk_token)) if index is None else index
 
     def _convert_id_to_token(self, index: int) -> str:
-        token = self._names.get(index)
-        return (
-            str(self.unk_token)
-            if token is None and index >= self.vocab_size
-            else (token or str(self._backend.id_to_token(index)))
-        )
+        # the embedding has more rows than there are tokens
+        return self._names.get(index) or self._backend.id_to_token(index) or ""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of tokens that are none of the added ones."""

@@ -152,6 +152,15 @@ def test_an_empty_answer_is_an_answer() -> None:
         assert tokenizer("a", "")["input_ids"] == [*tokenizer("a")["input_ids"], tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize("family", sorted(LOADERS))
+def test_rows_of_the_embedding_without_a_token_are_nothing(family: str) -> None:
+    tokenizer = LOADERS[family](CASES / f"tokenizer_{family}")
+    ids = tokenizer("def f(x)", add_special_tokens=False)["input_ids"]
+    unused = len(tokenizer) + 3
+    assert tokenizer.decode([*ids, unused, *ids]) == tokenizer.decode(ids + ids)
+    assert not tokenizer.convert_ids_to_tokens([unused])[0]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_offsets_of_padded_batches(side: str) -> None:
     tokenizer = chatglm.load_tokenizer(CASES / "tokenizer_chatglm")

@@ -1,0 +1,78 @@
+"""`collie generate` with each family: its prompt, its chat format, and the tokens that end answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from collie_core import AutoModelForCausalLM, AutoTokenizer
+from collie_core.cli.main import main
+
+CASES = Path(__file__).parents[1] / "golden" / "cases"
+FAMILIES = ["chatglm", "chatglm2", "internlm", "internlm2", "moss"]
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A tiny model with its family's tokenizer."""
+    target = tmp_path / str(request.param)
+    target.mkdir()
+    weights = [path for path in (CASES / request.param).iterdir() if not path.name.startswith("golden")]
+    for path in [*weights, *(CASES / f"tokenizer_{request.param}").iterdir()]:
+        if path.name not in ("meta.json", "golden_tokenizer.json"):
+            shutil.copy(path, target / path.name)
+    return target
+
+
+def generate(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    """What the command prints as JSON."""
+    arguments = ["generate", str(folder), "--prompt", "def f(x):", "--dtype", "float32", "--json"]
+    assert main([*arguments, "--max-new-tokens", "8", *options]) == 0
+    printed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return printed
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_prompt_is_the_familys(folder: Path, chat: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    said = [{"role": "user", "content": "def f(x):"}]
+    ids = tokenizer("def f(x):")["input_ids"]
+    if chat:
+        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True)["input_ids"]
+    if len(ids) > 200:  # the tiny models have few positions
+        pytest.skip("MOSS's meta instruction is longer than the tiny model's positions")
+    ends = [tokenizer.eos_token_id, *tokenizer.stop_token_ids]
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=8, eos_token_id=ends if chat else None)
+    new = expected[0, len(ids) :].tolist()
+    printed = generate(folder, capsys, *(["--chat"] if chat else []))
+    assert printed["answer"] == tokenizer.decode(new, skip_special_tokens=True)
+    assert (printed["prompt_tokens"], printed["new_tokens"]) == (len(ids), len(new))
+
+
+def test_an_answer_ends_at_the_chat_formats_token(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The first token that the model says is made the one that ends an answer."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.stop_token_ids or folder.name == "moss":
+        pytest.skip("the end-of-sequence token ends its answers")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    said = [{"role": "user", "content": "def f(x):"}]
+    ids = tokenizer.apply_chat_template(said, add_generation_prompt=True)["input_ids"]
+    first = int(model.generate(torch.tensor([ids]), max_new_tokens=1, eos_token_id=-1)[0, -1])
+    stop = tokenizer.stop_token_ids[0]
+    head = [name for name, value in model.named_parameters() if value.shape[0] == len(tokenizer)][-1]
+    with torch.no_grad():
+        weight = dict(model.named_parameters())[head]
+        weight[stop] = weight[first] * 1.5
+    model.save_pretrained(tmp_path / "changed")
+    for path in folder.iterdir():
+        if not (tmp_path / "changed" / path.name).exists() and path.suffix not in (".bin", ".safetensors"):
+            shutil.copy(path, tmp_path / "changed" / path.name)
+    assert generate(tmp_path / "changed", capsys, "--chat")["new_tokens"] == 1
