@@ -46,14 +46,13 @@ class InternLMProvider(LlamaLikeProvider):
 
     model_class = InternLMForCausalLM
 
-    @property
-    def export_as(self) -> Mapping[str, Relative]:
-        """LLaMA, which differs in its config alone."""
-        return {"llama": Relative(lambda hf: as_llama(self.read_config(hf), hf), llama_weight_map)}
+    export_as: Mapping[str, Relative] = {
+        "llama": Relative(lambda hf: as_llama(InternLMProvider().read_config(hf), hf), llama_weight_map)
+    }
 
     def read_config(self, hf_config: Mapping[str, Any]) -> DecoderConfig:
-        """`bias` (true where absent) is that of q, k, v and o.  `rotary` {base, type, scaling_factor} is the
-        spelling of 2023's code for rope_theta and rope_scaling.  Raises ConfigError for any other key.
+        """`bias` (true where absent) is that of q, k, v and o.  `rotary` {base, type, scaling_factor} spells
+        rope_theta and rope_scaling as the code of 2023 did.  Raises ConfigError for an unknown key.
         """
         ConfigReader(hf_config).refuse_others([*_KEYS, "rotary", *TRANSFORMERS_KEYS])
         content = {"vocab_size": 103168, "pad_token_id": 0, **_DEFAULTS, **hf_config, **_rotary(hf_config)}
@@ -63,7 +62,7 @@ class InternLMProvider(LlamaLikeProvider):
                 f"num_key_value_heads: {kv_heads!r} is not supported: InternLM has as many as "
                 f"num_attention_heads ({heads})"
             )
-        return _with_bias(content, default=True)
+        return _with_bias(content)
 
     def tokenizer(self, path: Path) -> Any:
         """The tokenizer in a folder; see `collie_models.internlm.tokenizer`."""
@@ -77,15 +76,14 @@ class InternLM2Provider(LlamaLikeProvider):
 
     model_class = InternLM2ForCausalLM
 
-    @property
-    def export_as(self) -> Mapping[str, Relative]:
-        """LLaMA, with the queries, keys and values in matrices of their own."""
-        return {"llama": Relative(lambda hf: as_llama(self.read_config(hf), hf), llama_weight_map)}
+    export_as: Mapping[str, Relative] = {
+        "llama": Relative(lambda hf: as_llama(InternLM2Provider().read_config(hf), hf), llama_weight_map)
+    }
 
     def read_config(self, hf_config: Mapping[str, Any]) -> DecoderConfig:
         """`bias` (true where absent) is that of wqkv and wo.  Raises ConfigError for an unknown key."""
         ConfigReader(hf_config).refuse_others([*_KEYS, *TRANSFORMERS_KEYS])
-        return _with_bias({"vocab_size": 103168, "pad_token_id": 0, **_DEFAULTS, **hf_config}, default=True)
+        return _with_bias({"vocab_size": 103168, "pad_token_id": 0, **_DEFAULTS, **hf_config})
 
     def weight_map(self, config: DecoderConfig) -> Sequence[WeightRule]:
         """wqkv holds, for each group, its query heads, its key head and its value head."""
@@ -134,8 +132,8 @@ def _rotary(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": rotary.number("base", 10000.0), "rope_scaling": scaling}
 
 
-def _with_bias(content: Mapping[str, Any], default: bool) -> DecoderConfig:
-    bias = ConfigReader(content).flag("bias", default)
+def _with_bias(content: Mapping[str, Any]) -> DecoderConfig:
+    bias = ConfigReader(content).flag("bias", True)
     return replace(read_llama_config(content, {}), qkv_bias=bias, attention_output_bias=bias)
 
 
