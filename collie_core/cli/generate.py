@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     new = output[0, len(ids) :].tolist()
-    answer = tokenizer.decode(new, skip_special_tokens=True)
+    said = new[:-1] if ends and new and new[-1] in ends else new
+    answer = tokenizer.decode(said, skip_special_tokens=True)
     for stop in args.stop:
         answer = answer.partition(stop)[0]
     if args.json:

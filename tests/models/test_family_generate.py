@@ -75,4 +75,5 @@ def test_an_answer_ends_at_the_chat_formats_token(
     for path in folder.iterdir():
         if not (tmp_path / "changed" / path.name).exists() and path.suffix not in (".bin", ".safetensors"):
             shutil.copy(path, tmp_path / "changed" / path.name)
-    assert generate(tmp_path / "changed", capsys, "--chat")["new_tokens"] == 1
+    printed = generate(tmp_path / "changed", capsys, "--chat")
+    assert (printed["new_tokens"], printed["answer"]) == (1, "")
