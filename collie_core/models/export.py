@@ -193,5 +193,7 @@ def _publish(aside: Path, folder: Path, in_place: bool) -> None:
             path.unlink()
     # what makes the weights visible goes last
     for name in sorted(new, key=lambda name: name in (SAFETENSORS, SAFETENSORS_INDEX)):
+        if (folder / name).is_dir():  # a tokenizer's chat templates; a folder replaces none that has files
+            shutil.rmtree(folder / name)
         os.replace(aside / name, folder / name)
     fsync_dir(folder)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from collie_core import AutoModelForCausalLM, AutoTokenizer, CollieConfig, Trainer
 from collie_core.cli.main import main
+from collie_core.models.export import export_pretrained
 
 CASES = Path(__file__).parent.parent / "golden" / "cases"
 RELATIVES = {"internlm": "llama", "internlm2": "llama", "moss": "codegen", "chatglm2": "glm", "chatglm": None}
@@ -125,3 +126,17 @@ def test_records_longer_than_the_positions_are_refused_before_the_run(
     )
     assert main(["train", str(path)]) == 2
     assert "data.max_length: 129 is above the model's 128 positions" in capfd.readouterr().err
+
+
+def test_a_later_export_replaces_folders_too(tmp_path: Path) -> None:
+    """The chat templates of a tokenizer lie in a folder of their own."""
+    source, out = make_folder("moss", tmp_path / "model"), tmp_path / "out"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    origin = model.origin
+    assert origin is not None
+    for _ in range(2):
+        named = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+        configs = (origin.provider, origin.config, origin.hf_config)
+        export_pretrained(out, *configs, named, source=source, tokenizer=tokenizer, replace=True)
+    assert list((out / "additional_chat_templates").iterdir())
+    assert AutoTokenizer.from_pretrained(out)("a b")["input_ids"] == tokenizer("a b")["input_ids"]
