@@ -21,13 +21,14 @@ from collie_core.train.signals import StopSignals
 
 def work(steps: int, code: str) -> int:
     world = current_world()
-    open_process_group(world, local_device(world), timeout_s=300)
+    device = local_device(world)
+    open_process_group(world, device, timeout_s=300)
     try:
         with StopSignals() as signals:
             for step in range(steps):
                 if world.rank == 1 and step == 3:
                     exec(code)
-                flag = torch.tensor(float(signals.received or 0))
+                flag = torch.tensor(float(signals.received or 0), device=device)
                 dist.all_reduce(flag, op=dist.ReduceOp.MAX)
                 if flag:
                     time.sleep(float(os.environ.get("SAVE_SECONDS", "0")) if world.rank == 0 else 0)

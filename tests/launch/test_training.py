@@ -1,0 +1,135 @@
+"""Real training as several processes: the losses of one process, stopped and resumed, and killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from training_helpers import config, losses
+
+COLLIE = (sys.executable, "-m", "collie_core", "train", "run.yaml")
+SLOW_SAVE = """
+import time
+from dataclasses import dataclass
+from collie_core.hookspecs import hookimpl
+
+class SlowSave:
+    collie_api = 1
+    @dataclass(frozen=True)
+    class Options:
+        seconds: float
+    def __init__(self, options): self.seconds = options.seconds
+    @hookimpl
+    def collie_checkpoint_saving(self, run):
+        if run.rank == 0:
+            print("saving", flush=True)
+            time.sleep(self.seconds)
+"""
+
+
+@pytest.fixture
+def folder(tiny_llama: Path, data_file: Path, tmp_path: Path) -> Path:
+    """A folder with `run.yaml`, a run of 40 steps, and the plugin `slow_save`."""
+    mapping = config(
+        tiny_llama,
+        data_file,
+        Path("out"),
+        train={"global_batch_size": 4, "micro_batch_size": 2, "epochs": 4},
+        monitors=["console"],
+    ).to_mapping()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(mapping))
+    (tmp_path / "slow_save.py").write_text(SLOW_SAVE)
+    metadata = tmp_path / "slow_save-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: slow-save\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[collie.plugins]\nslow_save = slow_save:SlowSave\n")
+    return tmp_path
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COLLIE, *overrides],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def steps(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_text().count('"loss"') if path.exists() else 0
+
+
+def until_step(step: int, process: subprocess.Popen[str], out: Path) -> None:
+    deadline = time.monotonic() + 60
+    while steps(out) < step:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+
+
+def ranks(launcher: int) -> list[int]:
+    """Process ids of the ranks, in the order in which they were started."""
+    shown = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in shown.splitlines()[1:]]
+    return sorted(pid for pid, parent in pairs if parent == launcher)
+
+
+def test_two_processes_stopped_and_resumed_have_the_losses_of_one(folder: Path) -> None:
+    alone = start(folder, "output_dir=alone")
+    assert alone.wait(120) == 0
+    slow = "plugins=[{name: slow_save, seconds: 3}]"
+    process = start(folder, "dp_size=2", slow)
+    until_step(5, process, folder / "out")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert err.count("stopped by SIGTERM after step") == 1 and "error" not in err and out.count("saving") == 1
+    stopped_at = steps(folder / "out")
+    assert stopped_at < 40 and [path.name for path in (folder / "out" / "checkpoints").iterdir()] == [
+        f"step_{stopped_at:06}"
+    ]
+    resumed = start(folder, "dp_size=2", slow, "--json")
+    out, err = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["step"] == 40 and err.count("finished: ") == 1
+    assert losses(folder / "out") == pytest.approx(losses(folder / "alone"), rel=2e-6)
+
+
+def test_the_death_of_a_process_in_a_step_ends_the_run(folder: Path) -> None:
+    process = start(folder, "pp_size=2", "train.epochs=1000")
+    until_step(5, process, folder / "out")
+    first, second = ranks(process.pid)
+    started = time.monotonic()
+    os.kill(second, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.monotonic() - started < 30
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and f"rank 1: process {second} was killed by SIGKILL" in errors[0]
+    assert not Path(f"/proc/{first}").exists()
+
+
+def test_a_process_frozen_in_a_step_ends_the_run(folder: Path) -> None:
+    process = start(folder, "dp_size=2", "train.epochs=1000")
+    until_step(5, process, folder / "out")
+    frozen = ranks(process.pid)[0]
+    started = time.monotonic()
+    os.kill(frozen, signal.SIGSTOP)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.monotonic() - started < 30
+    assert f"error: rank 0: process {frozen}" in err and "no life" in err
+
+
+def test_a_mistake_that_the_processes_find_is_told_once(folder: Path) -> None:
+    process = start(folder, "dp_size=2", "train.trainable=[nothing]")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count("'nothing' matches no parameter") == 1
+    assert err.count("error:") == 1
