@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # names for readers and mypy only
     from collie_core.models.weight_map import ParallelPlan, Relative, WeightRule
     from collie_core.ops import Ops
     from collie_core.run import Run
+    from collie_core.shard import Piece, Shard
 
 hookspec = pluggy.HookspecMarker("collie")
 hookimpl = pluggy.HookimplMarker("collie")
@@ -113,14 +114,17 @@ class Optimizer(Protocol):
 
     def update(self, name: str, parameter: nn.Parameter, gradient: Tensor, finite: Tensor) -> None:
         """(in_backward only) Update one parameter with its complete gradient, summed over micro-batches
-        and ranks.  `finite` is a 0-d bool tensor on the gradient's device: where it is false neither the
+        and ranks.  Both are this rank's part where a layout cuts parameters; `ParameterGroup.shard(name)`
+        says which part, for statistics and noise over the whole.  `finite` is a 0-d bool tensor on the gradient's device: where it is false neither the
         parameter nor any state may change; select with `torch.where`, never ask the host."""
 
     def step(self, lr: float) -> None:
         """(not in_backward) Update every parameter from its `.grad`, already unscaled and clipped."""
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """State tensors under flat names `<parameter name>.<state>`; live tensors, not copies."""
+    def state_dict(self) -> Mapping[str, Tensor | Piece]:
+        """State tensors under flat names `<parameter name>.<state>`; live tensors, not copies.
+
+        One of the shape of its parameter is cut like it; of any other that is cut, `Shard.piece` says how."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of state_dict."""
@@ -132,6 +136,9 @@ class Layout(Protocol):
     model: nn.Module
     optimizer: Optimizer | None
     needs_norm: bool  # the gradient norm must be known before any update (norm clipping, fp16 loss scaling)
+
+    def count_micro_batches(self, rows: int) -> int:
+        """(with pp_size above 1) Into how many micro-batches this rank's rows of a step are cut."""
 
     def prepare(
         self,
@@ -153,13 +160,18 @@ class Layout(Protocol):
         """Prompt and new tokens, (B, S + new); options as `collie_core.models.generation.generate`."""
 
     def save(self, folder: Path) -> None:
-        """Write model and optimizer tensors into a checkpoint folder."""
+        """Write model and optimizer tensors into a checkpoint folder; all ranks call it."""
+
+    def state(self) -> Mapping[str, Tensor | Piece]:
+        """(for `checkpoint.async_save`) What save writes: live tensors, or this rank's pieces of them."""
 
     def load(self, folder: Path) -> None:
         """Read them back, in place, whatever the layout that wrote them."""
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of every parameter and persistent buffer, one at a time, for export."""
+        """(name, whole tensor) of every parameter and persistent buffer, one at a time, for export.
+
+        All ranks ask for all of them; the tensors need to be whole on rank 0 alone."""
 
     def close(self, error: BaseException | None) -> None:
         """Free what prepare took."""
@@ -171,8 +183,9 @@ class Adapter(Protocol):
     def adapt(self, model: nn.Module) -> None:
         """Change the structure of the complete meta module; no values yet."""
 
-    def initialise(self, name: str, slice: Tensor) -> None:
-        """Fill (a slice of) the new parameter `name`, a function of seed, name and global index."""
+    def initialise(self, name: str, values: Tensor, shard: Shard) -> None:
+        """Fill `values`, this rank's part of the new parameter `name`: a function of seed, name and global
+        index.  `shard` says which part it is."""
 
     def save(self, folder: Path) -> None:
         """Write the adapter in its library's own layout."""

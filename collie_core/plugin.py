@@ -20,6 +20,7 @@ from collie_core.ops.rounding import Noise, round_to
 from collie_core.optimizers.descent import descend
 from collie_core.optimizers.gradients import scaled_gradient
 from collie_core.run import ParameterGroup, Run
+from collie_core.shard import Piece, Shard
 
 __all__ = [
     "Adapter",
@@ -38,6 +39,7 @@ __all__ = [
     "Ops",
     "ParallelPlan",
     "ParameterGroup",
+    "Piece",
     "PluginError",
     "Relative",
     "Rename",

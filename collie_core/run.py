@@ -8,9 +8,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from collie_core.shard import Shard
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from torch.distributed import ProcessGroup
 
     from collie_core.config.schema import CollieConfig
     from collie_core.models.provider import SelectedProvider
@@ -20,12 +23,19 @@ if TYPE_CHECKING:
 class ParameterGroup:
     """Parameters that share a learning-rate factor and a weight decay.
 
-    lr_scale multiplies the step's learning rate.
+    parameters: what this rank holds of each, updated in place; a plain tensor under every layout.
+    lr_scale multiplies the step's learning rate.  shards: which box of the whole parameter each one is.
     """
 
     parameters: dict[str, nn.Parameter]
     lr_scale: float
     weight_decay: float
+    shards: dict[str, Shard] = field(default_factory=dict)
+
+    def shard(self, name: str) -> Shard:
+        """This rank's part of a parameter; the whole of it where nothing cuts it."""
+        found = self.shards.get(name)
+        return Shard.whole(name, self.parameters[name]) if found is None else found
 
 
 @dataclass
@@ -37,6 +47,8 @@ class Run:
     source is the checkpoint to train, its configs and its provider; model is the user's own module, whose
     weights are used instead, or None.
     loss_fn is the user's own loss, or None.
+    control is the group in which hosts tell each other of things beside the model; None on one process.
+    shards are this rank's parts of the parameters, by name, once a layout that cuts has placed them.
     """
 
     config: CollieConfig
@@ -52,6 +64,13 @@ class Run:
     resolved: dict[str, Any] = field(default_factory=dict)
     loss_fn: Callable[..., Tensor] | None = None
     stop_reason: str | None = None
+    control: ProcessGroup | None = None
+    shards: dict[str, Shard] = field(default_factory=dict)
+
+    @property
+    def first(self) -> bool:
+        """True on the process that prints, and writes what is written once."""
+        return self.rank == 0
 
     @property
     def seed(self) -> int:
@@ -78,22 +97,14 @@ class Run:
         Norms, biases (every parameter of fewer than two dimensions) and embeddings are not decayed unless
         an entry of `optimizer.param_groups` that matches them says so; the first entry that matches wins.
         """
-        from torch import nn
-
         options = self.config.optimizer
         base_lr = options.lr if options.lr is not None else default_lr
         decay = options.weight_decay if options.weight_decay is not None else default_weight_decay
-        embeddings = {
-            id(parameter)
-            for module in model.modules()
-            if isinstance(module, nn.Embedding)
-            for parameter in module.parameters(recurse=False)
-        }
-        groups: dict[tuple[float, float], dict[str, nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
+        groups: dict[tuple[float, float], dict[str, Shard]] = {}
+        for name, shard in (self.shards or whole_shards(model)).items():
+            if not shard.local.requires_grad:
                 continue
-            undecayed = parameter.ndim < 2 or id(parameter) in embeddings
+            undecayed = len(shard.shape) < 2 or shard.embedding
             lr, weight_decay = base_lr, 0.0 if undecayed else decay
             for entry in options.param_groups:
                 if any(fnmatchcase(name, pattern) for pattern in entry.params):
@@ -101,5 +112,21 @@ class Run:
                     weight_decay = entry.weight_decay if entry.weight_decay is not None else weight_decay
                     break
             scale = lr / base_lr if base_lr else 1.0
-            groups.setdefault((scale, weight_decay), {})[name] = parameter
-        return [ParameterGroup(members, *key) for key, members in groups.items()]
+            groups.setdefault((scale, weight_decay), {})[name] = shard
+        return [
+            ParameterGroup({name: shard.local for name, shard in members.items()}, *key, members)
+            for key, members in groups.items()
+        ]
+
+
+def whole_shards(model: nn.Module) -> dict[str, Shard]:
+    """Shards of a model that nothing cuts."""
+    from torch import nn
+
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    return {name: Shard.whole(name, p, id(p) in embeddings) for name, p in model.named_parameters()}

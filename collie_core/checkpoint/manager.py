@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from collie_core.checkpoint.folder import (
     CHECKPOINTS,
@@ -23,6 +23,10 @@ from collie_core.checkpoint.folder import (
 from collie_core.checkpoint.manifest import Verify, verify, write_manifest
 from collie_core.errors import CheckpointError, RunFailed
 from collie_core.files import free_space, fsync_dir, fsync_file, json_text, write_text_atomic
+from collie_core.together import from_first, together
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _log = logging.getLogger(__name__)
 
@@ -35,11 +39,20 @@ class CheckpointManager:
 
     A checkpoint is written in a folder aside, flushed to the disk, given its manifest, and only then
     renamed; so a folder of that name with a manifest is whole unless it is damaged later.
-    The run holds the OutputLock of `output_dir`.
+    The run holds the OutputLock of `output_dir`.  Of several processes the first makes, publishes and deletes
+    folders, and the others write their files into them; `save` and `wait` are then collective.
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str], keep: int = 2, verify: Verify = "full") -> None:
-        """`keep`: how many whole checkpoints to retain; `verify`: how thoroughly they are read."""
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        keep: int = 2,
+        verify: Verify = "full",
+        group: ProcessGroup | None = None,
+    ) -> None:
+        """`keep`: how many whole checkpoints to retain; `verify`: how thoroughly they are read.
+        `group`: all processes, in which nobody else talks while a save is under way."""
+        self.group = group
         self.output_dir = Path(output_dir)
         self.folder = self.output_dir / CHECKPOINTS
         self.keep = keep
@@ -67,18 +80,18 @@ class CheckpointManager:
 
         Then all but the `keep` newest whole checkpoints up to this step are deleted.  Returns the final path.
         With `background`, a thread does all this: `write` must hold a copy of what training goes on to
-        change, and `wait` tells the end.
+        change, and `wait` tells the end.  `write` is called on every process.
 
         Raises RunFailed where the disk fails (the folder aside is removed, earlier checkpoints stay), and
         what `write` raises; also that of a save in the background before this one.
         """
         self.wait()
-        self._clean()
         state_text = json_text(dict(state))
+        aside = from_first(lambda: self._begin(step), self.group)
         if not background:
-            return self._save(step, write, state_text)
+            return self._save(step, aside, write, state_text)
         pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._background = pool.submit(self._save, step, write, state_text)
+        self._background = pool.submit(self._save, step, aside, write, state_text)
         pool.shutdown(wait=False)
         return self.folder / step_name(step)
 
@@ -86,6 +99,10 @@ class CheckpointManager:
         """Wait for the save in the background, if one is under way; returns its path, raises its error."""
         background, self._background = self._background, None
         return background.result() if background else None
+
+    def finished(self) -> bool:
+        """True where a save in the background has ended and `wait` was not called yet."""
+        return self._background is not None and self._background.done()
 
     def close(self) -> None:
         """Wait for the save in the background."""
@@ -100,22 +117,33 @@ class CheckpointManager:
             if newer > step:
                 _set_aside(path, "superseded")
 
-    def _save(self, step: int, write: Callable[[Path], None], state_text: str) -> Path:
+    def _begin(self, step: int) -> Path:
+        """The folder aside, empty."""
+        self._clean()
         aside = self.folder / f".{step_name(step)}.writing-{os.getpid()}"
         try:
             aside.mkdir(parents=True)
-            write(aside)
+        except OSError as error:
+            raise RunFailed(self._failure(step, error)) from error
+        return aside
+
+    def _save(self, step: int, aside: Path, write: Callable[[Path], None], state_text: str) -> Path:
+        def complete() -> Path:
             write_text_atomic(aside / STATE_FILE, state_text)
             _flush(aside)
             write_manifest(aside, step)
-            final = self._publish(aside, step)
+            return self._publish(aside, step)
+
+        try:
+            together(lambda: write(aside), self.group)
+            final = from_first(complete, self.group)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise RunFailed(self._failure(step, error)) from error
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        self._prune(step)
+        from_first(lambda: self._prune(step), self.group)
         return final
 
     def _publish(self, aside: Path, step: int) -> Path:

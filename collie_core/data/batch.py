@@ -52,7 +52,7 @@ class StepBatch:
     """All micro-batches of one optimizer step on this rank.
 
     step counts from 1; epoch from 0.  target_tokens is the sum over all data-parallel ranks: the number
-    that each summed loss is divided by.  tokens is this rank's count without padding.
+    that each summed loss is divided by.  tokens, without padding, is over all of them too.
     """
 
     step: int

@@ -66,9 +66,14 @@ def build_dataset(
 
 
 def build_reader(
-    dataset: TokenizedDataset, config: CollieConfig, *, dp_rank: int, pad_token_id: int
+    dataset: TokenizedDataset,
+    config: CollieConfig,
+    *,
+    dp_rank: int,
+    pad_token_id: int,
+    count_micro_batches: Callable[[int], int] | None = None,
 ) -> DataReader:
-    """The reader of a run's training steps on one data-parallel rank."""
+    """The reader of a run's training steps on one data-parallel rank; see `DataReader`."""
     return DataReader(
         dataset,
         micro_batch_size=config.train.micro_batch_size,
@@ -79,6 +84,7 @@ def build_reader(
         packing=config.data.packing,
         pad_token_id=pad_token_id,
         max_length=config.data.max_length,
+        count_micro_batches=count_micro_batches,
     )
 
 

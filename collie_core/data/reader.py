@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
 from collie_core.data.batch import MicroBatch, StepBatch
-from collie_core.data.collate import micro_batches, rank_rows
+from collie_core.data.collate import Row, collate, micro_batches, rank_rows
 from collie_core.data.dataset import TokenizedDataset
 from collie_core.data.order import epoch_order
 from collie_core.data.packing import Rows, packed_rows, single_rows
@@ -39,8 +39,12 @@ class DataReader:
         packing: bool,
         pad_token_id: int,
         max_length: int,
+        count_micro_batches: Callable[[int], int] | None = None,
     ) -> None:
+        """count_micro_batches: into how many micro-batches, as equal as can be, a layout wants a rank's rows
+        of a step cut; None: as many as are needed, of micro_batch_size rows."""
         self.dataset = dataset
+        self._count = count_micro_batches
         self._micro_batch_size = micro_batch_size
         self._global_rows = micro_batch_size * accumulation * dp_size
         self._rank, self._ranks = dp_rank, dp_size
@@ -110,20 +114,32 @@ class DataReader:
                 yield self._step_batch(rows, first, last, step, epoch), position
             epoch, row = epoch + 1, 0
 
+    def _parts(self, rows: list[Row]) -> Iterator[list[Row]]:
+        """The rows of each micro-batch, in order."""
+        if self._count is None:
+            size = self._micro_batch_size
+            yield from (rows[begin : begin + size] for begin in range(0, len(rows), size))
+            return
+        count = min(self._count(len(rows)), len(rows))
+        least, more = divmod(len(rows), count)
+        begin = 0
+        for index in range(count):
+            end = begin + least + (index < more)
+            yield rows[begin:end]
+            begin = end
+
     def _step_batch(self, rows: Rows, first: int, last: int, step: int, epoch: int) -> StepBatch:
-        batches = micro_batches(
-            self.dataset,
-            rank_rows(rows, first, last, self._rank, self._ranks),
-            self._micro_batch_size,
-            packing=self._packing,
-            pad_token_id=self._pad_token_id,
+        mine = rank_rows(rows, first, last, self._rank, self._ranks)
+        batches = tuple(
+            collate(self.dataset, part, packing=self._packing, pad_token_id=self._pad_token_id)
+            for part in self._parts(mine)
         )
         return StepBatch(
             step=step,
             epoch=epoch,
             micro_batches=batches,
             target_tokens=int(self.dataset.targets[rows.between(first, last)].sum()),
-            tokens=sum(batch.tokens for batch in batches),
+            tokens=int(self.dataset.lengths[rows.between(first, last)].sum()),
         )
 
 

@@ -1,8 +1,8 @@
-"""The native layout: the plain module on one process, with nothing wrapped around it."""
+"""The native layout: PyTorch's own engine on one process, with nothing wrapped around it, or on many."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,54 +14,73 @@ if TYPE_CHECKING:
 
     from collie_core.data.batch import MicroBatch, StepBatch
     from collie_core.hookspecs import Adapter, Layout, ModelProvider, Optimizer
+    from collie_core.layouts.build import Placed
+    from collie_core.layouts.stage import Stage
     from collie_core.run import Run
 
 
 class NativeLayoutPlugin:
-    """PyTorch's own engine; one process runs the plain module."""
+    """PyTorch's own engine, on one process or as dp x tp x pp with ZeRO."""
 
     collie_api = 1
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """Keys of `layout:`."""
+        """Keys of `layout:`.
+
+        zero_stage: what data-parallel ranks share: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too.
+        pp_partition: blocks of each pipeline stage: balanced by parameters, as many for each, or their numbers.
+        pp_microbatches: pieces of a rank's step batch in the pipeline; auto: of micro_batch_size rows, at least
+        pp_size.  pp_stretches: stretches of blocks a rank has under the schedule `interleaved`.
+        sequence_parallel: cut activations between tensor-parallel layers; auto: yes.
+        offload: `cpu` keeps weights, gradients and optimizer states in host memory.
+        """
 
         zero_stage: Literal[0, 1, 2, 3] = 0
+        pp_schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
+        pp_partition: Literal["parameters", "uniform"] | tuple[int, ...] = "parameters"
+        pp_microbatches: Literal["auto"] | int = "auto"
+        pp_stretches: int = 2
+        sequence_parallel: Literal["auto"] | bool = "auto"
+        offload: Literal["none", "cpu"] = "none"
+
+        def chunks(self, pp_size: int) -> int:
+            """Stretches of blocks of a rank."""
+            return self.pp_stretches if self.pp_schedule == "interleaved" and pp_size > 1 else 1
+
+        def shards_parameters(self, dp_size: int) -> bool:
+            """True where FSDP2 holds the parameters."""
+            return (self.zero_stage > 0 and dp_size > 1) or self.offload == "cpu"
 
     def __init__(self, options: Options) -> None:
         self.options = options
 
     @hookimpl
     def collie_check(self, run: Run) -> list[str]:
-        """Refuse what needs more than one process."""
-        sizes = {name: getattr(run.config, name) for name in ("dp_size", "tp_size", "pp_size")}
-        found = [
-            f"{name} {size}: the native layout runs on one process so far, set {name}: 1"
-            for name, size in sizes.items()
-            if size > 1
-        ]
-        if run.config.checkpoint.async_save:
-            found.append(
-                "checkpoint.async_save: the native layout saves in the foreground so far, set it to false"
-            )
-        return found
+        """What the sizes and options cannot do together."""
+        from collie_core.layouts.rules import refusals
+
+        return refusals(run.config, self.options)
 
     @hookimpl
     def collie_layout(self, run: Run) -> Layout:
         """The layout of this run."""
-        return NativeLayout(run)
+        return NativeLayout(run, self.options)
 
 
 class NativeLayout:
-    """One process.  `model` and `optimizer` exist after `prepare`."""
+    """`model` and `optimizer` exist after `prepare`; each rank has its part of them."""
 
     model: nn.Module
     optimizer: Optimizer | None
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, options: NativeLayoutPlugin.Options | None = None) -> None:
+        from collie_core.layouts.grid import Grid
+
+        self.run, self.options = run, options or NativeLayoutPlugin.Options()
         self.optimizer = None
         self.needs_norm = False
+        self.grid = Grid(run)
 
     # ------------------------------------------------------------ life
     def prepare(
@@ -70,38 +89,61 @@ class NativeLayout:
         adapters: Sequence[Adapter],
         make_optimizer: Callable[[nn.Module], Optimizer] | None,
     ) -> None:
-        """Build on meta, adapt, allocate and load, then make the optimizer.
+        """Build on meta, adapt, cut, allocate and load, then make the optimizer.
 
         Raises CheckpointError where the weights do not fit the model.
         """
         import torch
 
-        from collie_core.layouts.forward import Forward
         from collie_core.layouts.gradients import GradientFlow
         from collie_core.layouts.loss_scale import LossScale
-        from collie_core.layouts.materialise import materialise
-        from collie_core.ops import select_ops
 
         run, config = self.run, self.run.config
         if config.train.deterministic:
             torch.use_deterministic_algorithms(True)
+        self.placed = self._place(provider, adapters, make_optimizer is not None)
+        self.model, self.stages = self.placed.model, self.placed.stages
+        run.shards = self.placed.shards
+        self.pipeline = self._pipeline()
+        if make_optimizer is None:
+            return
+        trainable = self.placed.trainable
+        self.loss_scale = LossScale(next(iter(self.placed.parameters.values())).dtype)
+        self.needs_norm = config.optimizer.clip_grad_norm is not None or self.loss_scale.enabled
+        self.gradients = GradientFlow(
+            trainable,
+            {name: run.shards[name] for name in trainable},
+            self.grid.world,
+            hooked=self.options.offload == "none",
+        )
+        self.optimizer = make_optimizer(self.model)
+
+    def _place(self, provider: ModelProvider, adapters: Sequence[Adapter], training: bool) -> Placed:
+        from collie_core.layouts.build import place_whole
+        from collie_core.ops import select_ops
+
+        run, config = self.run, self.run.config
         ops = select_ops(
             attention=config.ops.attention,
             cross_entropy=config.ops.cross_entropy,
             use_flash=config.use_flash,
             device=run.device,
         )
-        self.model = materialise(run, provider, adapters, ops)
-        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.forward = Forward(self.model, ops, run)
         run.resolved["ops"] = ops.describe()
-        if make_optimizer is None:
-            return
-        self.loss_scale = LossScale(next(iter(self.parameters.values())).dtype)
-        self.needs_norm = config.optimizer.clip_grad_norm is not None or self.loss_scale.enabled
-        self.forward.resolve(training=True)
-        self.gradients = GradientFlow(self.parameters)
-        self.optimizer = make_optimizer(self.model)
+        if self.grid.world.group is not None:
+            from collie_core.layouts.distribute import place_parts
+
+            return place_parts(run, provider, adapters, ops, self.grid, self.options, training)
+        placed = place_whole(run, provider, adapters, ops)
+        placed.stages[0].resolve(training)
+        return placed
+
+    def _pipeline(self) -> Any:
+        from collie_core.layouts.pipeline import Pipeline
+
+        if self.grid.pp.size == 1:
+            return None
+        return Pipeline(self.grid, self.stages, self.placed.width, self.placed.dtype)
 
     def close(self, error: BaseException | None) -> None:
         """Remove the hooks, and give torch its freedom back."""
@@ -113,6 +155,14 @@ class NativeLayout:
         if self.run.config.train.deterministic:
             torch.use_deterministic_algorithms(False)
 
+    def count_micro_batches(self, rows: int) -> int:
+        """Pieces of a rank's `rows` of a step; only as many as it has rows are made."""
+        size = self.run.config.train.micro_batch_size
+        wanted = self.options.pp_microbatches
+        if self.grid.pp.size == 1:
+            return -(-rows // size)
+        return max(self.grid.pp.size, -(-rows // size)) if wanted == "auto" else wanted
+
     # ------------------------------------------------------------ a step
     def train_step(self, step_batch: StepBatch, lr: float) -> dict[str, float]:
         """All passes over the step batch, clipping and the update; see `Layout.train_step`."""
@@ -121,7 +171,8 @@ class NativeLayout:
         from collie_core.layouts.random_state import RandomState
 
         assert self.optimizer is not None
-        self.model.train()
+        for stage in self.stages:
+            stage.train()
         fused = self.optimizer.in_backward
         names = self.optimizer.passes(step_batch) if fused else ["update"]
         random_state = RandomState(self.run.device) if len(names) > 1 else None
@@ -148,33 +199,70 @@ class NativeLayout:
 
         assert self.optimizer is not None
         optimizer, scale = self.optimizer, self.loss_scale.value
-        kept = not optimizer.in_backward or name == "update" and self.needs_norm and norm is None
-        losses: list[Tensor] = []
-        self.gradients.arm("accumulate")
-        for index, micro_batch in enumerate(batch.micro_batches):
-            loss = self.forward.summed_loss(micro_batch)
-            losses.append(loss.detach())
-            if index == len(batch.micro_batches) - 1:  # the gradients of this backward are complete
-                total = torch.stack(losses).sum() / batch.target_tokens
-                if name == "norm":
-                    self.gradients.arm("measure")
-                elif kept:
-                    self.gradients.arm("keep")
-                else:
-                    finite = torch.isfinite(total) & (torch.isfinite(norm) if norm is not None else True)
-                    optimizer.begin_pass(name, lr, scale, self._clip_factor(norm))
-                    self.gradients.arm("update", finite, optimizer.update)
-            (loss * (scale / batch.target_tokens)).backward()
+        in_hooks = optimizer.in_backward and self.pipeline is None and self.options.offload == "none"
+        kept = not in_hooks or (name == "update" and self.needs_norm and norm is None)
+        factor = scale / batch.target_tokens
+        if self.pipeline is not None:
+            total = self._pipelined(name, batch, factor)
+        else:
+            losses: list[Tensor] = []
+            self.gradients.arm("accumulate")
+            for index, micro_batch in enumerate(batch.micro_batches):
+                last = index == len(batch.micro_batches) - 1
+                self._reduce_on(self.stages[0], last)
+                loss = self.stages[0](micro_batch)
+                losses.append(loss.detach())
+                if last:  # the gradients of this backward are complete
+                    total = self._mean_loss(torch.stack(losses).sum(), batch)
+                    if name == "norm":
+                        self.gradients.arm("measure")
+                    elif kept:
+                        self.gradients.arm("keep")
+                    else:
+                        finite = torch.isfinite(total) & (torch.isfinite(norm) if norm is not None else True)
+                        optimizer.begin_pass(name, lr, scale, self._clip_factor(norm))
+                        self.gradients.arm("update", finite, optimizer.update)
+                (loss * factor).backward()
+            self.gradients.flush()
         measured = self.gradients.norm().to(total.device) / scale
-        if kept and optimizer.in_backward:
-            optimizer.begin_pass(name, lr, scale, self._clip_factor(measured))
-            finite = torch.isfinite(total) & torch.isfinite(measured)
-            for parameter_name, parameter, gradient in self.gradients.kept():
-                optimizer.update(parameter_name, parameter, gradient, finite)
-                parameter.grad = None
+        if kept and optimizer.in_backward and name != "norm":
+            optimizer.begin_pass(name, lr, scale, self._clip_factor(measured if self.needs_norm else None))
+            self._update_kept(torch.isfinite(total) & torch.isfinite(measured))
         if optimizer.in_backward and name != "norm":
             optimizer.end_pass(name)
         return total, measured
+
+    def _pipelined(self, name: str, batch: StepBatch, factor: float) -> Tensor:
+        """The pass through the pipeline; all gradients of this rank's stages are then complete and kept."""
+        self.gradients.arm("accumulate")
+        for stage in self.stages:
+            self._reduce_on(stage, False)
+        total = self.pipeline.run(
+            self.options.pp_schedule,
+            batch.micro_batches,
+            lambda loss: loss * factor,
+            lambda stage: self._reduce_on(stage, True),
+        )
+        self.gradients.arm("measure" if name == "norm" else "keep")
+        self.gradients.flush()
+        return self._mean_loss(total, batch)
+
+    def _reduce_on(self, stage: Stage, last: bool) -> None:
+        """Whether ZeRO sums the next gradients over ranks; stage 1 does so at the last micro-batch alone."""
+        if self.placed.zero and (self.options.zero_stage == 1 or self.pipeline is not None):
+            stage.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+    def _mean_loss(self, summed: Tensor, batch: StepBatch) -> Tensor:
+        """The loss of the step over all data-parallel ranks, known to all ranks."""
+        if not self.grid.last:
+            summed.zero_()
+        return self.grid.pp.sum(self.grid.dp.sum(summed)) / batch.target_tokens
+
+    def _update_kept(self, finite: Tensor) -> None:
+        assert self.optimizer is not None
+        for name, parameter, gradient in self.gradients.kept():
+            self.optimizer.update(name, parameter, gradient, finite)
+            parameter.grad = None
 
     def _clip_factor(self, norm: Tensor | None) -> Tensor | float:
         """min(1, C / (norm + 1e-6)), or 1 where nothing is clipped."""
@@ -195,9 +283,8 @@ class NativeLayout:
                 gradient.div_(self.loss_scale.value)
             if limit is not None:
                 gradient.clamp_(-limit, limit)
-            if isinstance(factor, float):
-                continue
-            gradient.mul_(factor)
+            if not isinstance(factor, float):
+                gradient.mul_(factor)
         self.optimizer.step(lr)
 
     def _figures(self, loss: float, norm: float, loss_finite: float, finite: float) -> dict[str, float]:
@@ -214,61 +301,53 @@ class NativeLayout:
 
     # ------------------------------------------------------------ evaluation and generation
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        """(summed loss, target tokens)."""
+        """(summed loss, target tokens) over all ranks."""
         import torch
 
-        self.model.eval()
-        total = torch.zeros((), dtype=torch.float64)
-        tokens = 0
+        for stage in self.stages:
+            stage.eval()
+        figures = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad():
             for batch in batches:
-                total += self.forward.summed_loss(batch, custom=False).double().cpu()
-                tokens += batch.target_tokens
-        return float(total), tokens
+                if self.pipeline is not None:
+                    loss = self.pipeline.evaluate(batch)
+                else:
+                    loss = self.stages[0](batch, custom=False)
+                figures += torch.tensor([float(loss), float(batch.target_tokens * self.grid.last)])
+        figures = figures.to(self.run.device)
+        summed, tokens = self.grid.pp.sum(self.grid.dp.sum(figures)).tolist()
+        return summed, int(tokens)
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
-        """See `collie_core.models.generation.generate`."""
-        from collie_core.models.generation import generate
+        """See `collie_core.models.generation.generate`; all ranks give the same prompts."""
+        from collie_core.layouts.generate import generate
 
-        self.model.eval()
-        return generate(self.model, input_ids.to(self.run.device), **options)
+        for stage in self.stages:
+            stage.eval()
+        return generate(self, input_ids.to(self.run.device), **options)
 
     # ------------------------------------------------------------ tensors out and in
     def save(self, folder: Path) -> None:
         """Write `model.*`, `optimizer.*` and `layout.*` tensors."""
         from collie_core.checkpoint.store import save_tensors
 
-        save_tensors(self._state(), folder)
+        save_tensors(self.state(), folder, process_group=self.grid.control)
 
     def load(self, folder: Path) -> None:
-        """Read model, optimizer and loss scale back from a checkpoint."""
-        from collie_core.checkpoint.store import load_tensors, read_metadata, stream_tensors
+        """Read model, optimizer and loss scale back from a checkpoint written under any layout."""
+        from collie_core.layouts.state import load_state
 
-        load_tensors({f"model.{name}": tensor for name, tensor in self.full_tensors()}, folder)
-        if self.optimizer is None:
-            return
-        stored = list(read_metadata(folder).tensors)
-        self.loss_scale.load_state_dict(_below("layout.", stream_tensors(folder, ["layout.loss_scale"])))
-        names = [name for name in stored if name.startswith("optimizer.")]
-        self.optimizer.load_state_dict(_below("optimizer.", stream_tensors(folder, names)))
+        load_state(self, folder)
+
+    def state(self) -> Mapping[str, Any]:
+        """What a checkpoint holds of this rank: live tensors, and pieces of those that are cut."""
+        from collie_core.layouts.state import state_of
+
+        return state_of(self)
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter and persistent buffer; a tied one once."""
-        for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach()
-        persistent = self.model.state_dict().keys()
-        for name, buffer in self.model.named_buffers():
-            if name in persistent:
-                yield name, buffer
+        """Every parameter and persistent buffer; a tied one once.  Whole on rank 0, empty on the others,
+        which must ask along."""
+        from collie_core.layouts.state import full_tensors
 
-    def _state(self) -> dict[str, Tensor]:
-        state = {f"model.{name}": tensor for name, tensor in self.full_tensors()}
-        if self.optimizer is not None:
-            state |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state_dict().items()}
-            state |= {f"layout.{name}": tensor for name, tensor in self.loss_scale.state_dict().items()}
-        return state
-
-
-def _below(prefix: str, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors by their names without `prefix`; copies, since a stream may share memory with its file."""
-    return {name.removeprefix(prefix): tensor.clone() for name, tensor in tensors}
+        return full_tensors(self)

@@ -39,12 +39,14 @@ def _selective_contexts() -> Any:
     return create_selective_checkpoint_contexts(policy)
 
 
-def runner_for(blocks: list[nn.Module], run: Run) -> BlockRunner:
+def runner_for(
+    blocks: list[nn.Module], run: Run, agree: Callable[[int], int] | None = None
+) -> BlockRunner:
     """The loop over the blocks that `train.activation_checkpointing` asks for.
 
     `auto` recomputes nothing on the CPU; on CUDA it measures, in the first step, what one block keeps, and
-    recomputes only as many blocks as the free memory asks for.  Raises ConfigProblems for a number above
-    the number of blocks.
+    recomputes only as many blocks as the free memory asks for; `agree` gives the most that any rank which
+    shares these blocks needs.  Raises ConfigProblems for a number above the number of blocks.
     """
     mode = run.resolved.get("activation_checkpointing", run.config.train.activation_checkpointing)
     if isinstance(mode, int) and mode > len(blocks):
@@ -55,7 +57,7 @@ def runner_for(blocks: list[nn.Module], run: Run) -> BlockRunner:
     if mode != "auto":
         run.resolved["activation_checkpointing"] = mode
         return partial(_run, blocks, mode)
-    return _Measured(blocks, run)
+    return _Measured(blocks, run, agree)
 
 
 def _run(blocks: list[nn.Module], mode: str | int, h: Tensor, context: Context) -> Tensor:
@@ -80,13 +82,14 @@ def _run(blocks: list[nn.Module], mode: str | int, h: Tensor, context: Context) 
 class _Measured:
     """`auto` on CUDA: the first forward recomputes everything but counts what its first block would keep."""
 
-    def __init__(self, blocks: list[nn.Module], run: Run) -> None:
-        self.blocks, self.run = blocks, run
+    def __init__(self, blocks: list[nn.Module], run: Run, agree: Callable[[int], int] | None) -> None:
+        self.blocks, self.run, self.agree = blocks, run, agree
         self.mode: str | int = "auto"
 
     def __call__(self, h: Tensor, context: Context) -> Tensor:
         if self.mode == "auto":
-            self.mode = self._choose(h, context)
+            chosen = self._choose(h, context)
+            self.mode = chosen if self.agree is None else self.agree(chosen)
             self.run.resolved["activation_checkpointing"] = self.mode
         return _run(self.blocks, self.mode, h, context)
 

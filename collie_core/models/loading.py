@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from collie_core.errors import CheckpointError, PluginError
 from collie_core.models.weight_files import write_safetensors_sharded
-from collie_core.models.weight_map import Ignore, Rename, WeightRule
+from collie_core.models.weight_map import Ignore, Merge, Rename, Split, WeightRule
 
 if TYPE_CHECKING:
     from collie_core.models.sources import Reader
     from collie_core.safetensors_writer import TensorSpec
+    from collie_core.shard import Piece
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def load_weights(
     a wrong shape, before any is read; PluginError where the weight map does not fit the module.
     """
     slots = Slots(model)
-    rules = _match(slots, list(rules), reader, complete=initialise is None)
+    rules = match_weights(slots, rules, reader, complete=initialise is None)
     position = {name: number for number, name in enumerate(reader)}
     copies = [rule for rule in rules if slots.is_copy(rule)]
     originals = [rule for rule in rules if not slots.is_copy(rule)]
@@ -84,6 +85,66 @@ def _load_rule(
     loaded = rule.load({name: reader.get(name) for name in rule.sources})
     for name, tensor in loaded.items():
         slots.allocate(name, device, dtype or tensor.dtype).copy_(tensor)
+
+
+def load_pieces(pieces: Mapping[str, Piece], rules: Sequence[WeightRule], reader: Reader) -> None:
+    """Fill this rank's pieces of parameters, by name, from the rules of `match_weights`.
+
+    Only the rows that the pieces need are read, where a rule moves rows and does nothing else; the extra
+    host memory is at most one rule's tensors.
+    """
+    position = {name: number for number, name in enumerate(reader)}
+    for rule in sorted(rules, key=lambda rule: position.get(rule.sources[0], 0)):
+        wanted = {name: pieces[name] for name in rule.targets if name in pieces}
+        wanted = {name: piece for name, piece in wanted.items() if piece.local.numel()}
+        if not wanted:
+            continue
+        if isinstance(rule, Rename | Split | Merge):
+            rows = _source_rows(rule, reader)
+            for name, piece in wanted.items():
+                _fill_rows(piece, rows[name], reader)
+            continue
+        loaded = rule.load({name: reader.get(name) for name in rule.sources})
+        for name, piece in wanted.items():
+            piece.local.detach().copy_(loaded[name][piece.slices])
+
+
+def _source_rows(rule: WeightRule, reader: Reader) -> dict[str, list[tuple[str, int, int]]]:
+    """For each target of a rule that moves rows, (source, first row, rows) of what it is made of, in order.
+
+    The rule itself is asked, with row numbers in the place of rows.
+    """
+    numbers, begin, begins = {}, 0, []
+    for name in rule.sources:
+        count = reader.shape(name)[0] if reader.shape(name) else 1
+        numbers[name] = torch.arange(begin, begin + count)
+        begins.append((begin, name))
+        begin += count
+    found: dict[str, list[tuple[str, int, int]]] = {}
+    for target, order in rule.load(numbers).items():
+        breaks = (order.diff() != 1).nonzero().flatten().add(1).tolist() if len(order) > 1 else []
+        runs = []
+        for first, last in zip([0, *breaks], [*breaks, len(order)], strict=True):
+            row = int(order[first])
+            start, source = max(entry for entry in begins if entry[0] <= row)
+            runs.append((source, row - start, last - first))
+        found[target] = runs
+    return found
+
+
+def _fill_rows(piece: Piece, runs: Sequence[tuple[str, int, int]], reader: Reader) -> None:
+    """Copy what of the runs, which make the whole one after the other, lies in the piece."""
+    if not piece.shape:
+        reader.read_box(runs[0][0], (), piece.local.detach())
+        return
+    low, high = piece.offsets[0], piece.offsets[0] + piece.local.shape[0]
+    at = 0
+    for source, row, count in runs:
+        begin, end = max(low, at), min(high, at + count)
+        if begin < end:
+            box = (slice(row + begin - at, row + end - at), *piece.slices[1:])
+            reader.read_box(source, box, piece.local.detach()[begin - low : end - low])
+        at += count
 
 
 class Slots:
@@ -153,8 +214,13 @@ def reset_buffers(model: nn.Module, device: torch.device) -> None:
         )
 
 
-def _match(slots: Slots, rules: Sequence[WeightRule], reader: Reader, complete: bool) -> list[WeightRule]:
-    """The rules to apply, once checkpoint, rules and module are known to fit."""
+def match_weights(
+    slots: Slots, rules: Sequence[WeightRule], reader: Reader, complete: bool
+) -> list[WeightRule]:
+    """The rules to apply, once checkpoint, rules and module are known to fit; no tensor is read.
+
+    complete: every parameter must come from the checkpoint.  Raises as `load_weights` does.
+    """
     _check_rules(slots, rules, complete)
     ignored = [rule.pattern for rule in rules if isinstance(rule, Ignore)]
     wanted = [rule for rule in rules if rule.targets]

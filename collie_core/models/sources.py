@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from collie_core.checkpoint.folder import is_checkpoint, open_checkpoint
-from collie_core.checkpoint.store import read_metadata, stream_tensors
+from collie_core.checkpoint.store import fill, read_metadata, stream_tensors
+from collie_core.checkpoint.tensor_files import TensorFiles
 from collie_core.models.hub import resolve
 from collie_core.models.loading import Slots, load_weights
 from collie_core.models.weight_files import WeightReader
-from collie_core.models.weight_map import Ignore, Rename
+from collie_core.models.weight_map import Ignore, Rename, WeightRule
 from collie_core.ops import select_ops
+from collie_core.shard import Piece
 
 if TYPE_CHECKING:
     from collie_core.models.provider import SelectedProvider
@@ -43,6 +45,7 @@ class Reader(Protocol):
     def file(self, name: str) -> Path: ...
     def get(self, name: str) -> Tensor: ...
     def read_into(self, name: str, out: Tensor) -> None: ...
+    def read_box(self, name: str, box: tuple[slice, ...], out: Tensor) -> None: ...
     def mapped(self, name: str) -> Tensor | None: ...
 
 
@@ -52,6 +55,7 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stored = read_metadata(folder).tensors
+        self._files = TensorFiles(folder)
 
     def keys(self) -> list[str]:
         """Names of all tensors."""
@@ -83,6 +87,14 @@ class CheckpointReader:
     def read_into(self, name: str, out: Tensor) -> None:
         """Copy the tensor into `out`."""
         out.copy_(self.get(name))
+
+    def read_box(self, name: str, box: tuple[slice, ...], out: Tensor) -> None:
+        """Copy a box of the tensor into `out`, casting on the way."""
+        stored = self._stored[name]
+        values = torch.empty(out.shape, dtype=stored.torch_dtype)
+        piece = Piece(values, tuple(stored.shape), tuple(part.start for part in box))
+        fill(piece, name, stored, self._files)
+        out.copy_(values)
 
     def mapped(self, name: str) -> Tensor | None:
         """None: a checkpoint may be deleted or replaced while its tensors are in use."""
@@ -117,14 +129,16 @@ def load_selected(
     map_files: bool = False,
 ) -> None:
     """Give `model` the weights of the source that was selected; see `load_weights`."""
-    if selected.checkpoint is None:
-        reader: Reader = WeightReader(selected.path)
-        rules = selected.provider.weight_map(selected.config)
-    else:
-        reader = CheckpointReader(selected.checkpoint)
-        rules = [Rename(f"model.{name}", name) for name in Slots(model).tensors]
-        rules += [Ignore("optimizer.*"), Ignore("layout.*")]
+    reader, rules = open_source(selected, Slots(model))
     load_weights(model, rules, reader, device=device, dtype=dtype, initialise=initialise, map_files=map_files)
+
+
+def open_source(selected: SelectedProvider, slots: Slots) -> tuple[Reader, list[WeightRule]]:
+    """The tensors of a source, and the rules that make a module's parameters of them."""
+    if selected.checkpoint is None:
+        return WeightReader(selected.path), list(selected.provider.weight_map(selected.config))
+    rules: list[WeightRule] = [Rename(f"model.{name}", name) for name in slots.tensors]
+    return CheckpointReader(selected.checkpoint), [*rules, Ignore("optimizer.*"), Ignore("layout.*")]
 
 
 def stream_parameters(

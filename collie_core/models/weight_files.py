@@ -122,6 +122,28 @@ class WeightReader:
             if flat is not out:
                 out.copy_(flat)
 
+    def read_box(self, name: str, box: tuple[slice, ...], out: Tensor) -> None:
+        """Read a box of the tensor (with a start and a stop in every dimension) into `out`, casting on the way.
+
+        No other rows are read, and of their columns a few MiB at a time.
+        """
+        stored = self._stored[name]
+        if stored.offset < 0:
+            out.copy_(self._from_bin(name)[box])
+            return
+        if not box:
+            self.read_into(name, out)
+            return
+        width = math.prod(stored.shape[1:])
+        height = max(1, _CHUNK_BYTES // max(1, width * stored.dtype.itemsize))
+        with open(stored.file, "rb", buffering=0) as file:
+            for row in range(box[0].start, box[0].stop, height):
+                count = min(height, box[0].stop - row)
+                rows = torch.empty((count, *stored.shape[1:]), dtype=stored.dtype)
+                _read_exactly(file.fileno(), stored, row * width, rows)
+                begin = row - box[0].start
+                out[begin : begin + count].copy_(rows[(slice(None), *box[1:])])
+
     def mapped(self, name: str) -> Tensor | None:
         """The tensor as pages of its file, read when they are used; writing to it changes a private copy.
 

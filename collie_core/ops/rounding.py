@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from collie_core.ops import rounding_triton
+from collie_core.shard import Shard
 
 Rule = Callable[..., Tensor]
 
@@ -45,6 +46,11 @@ class Noise:
     name: str
     offset: Sequence[int] | None = None
     global_shape: Sequence[int] | None = None
+
+    @classmethod
+    def of(cls, seed: int, step: int, shard: Shard) -> Noise:
+        """The noise of this rank's part of a parameter."""
+        return cls(seed, step, shard.name, shard.offsets, shard.shape)
 
 
 def round_to(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 
 from collie_core.errors import ConfigError, nearest
 from collie_core.ops.attention import IMPLEMENTATIONS, Attention, cached
-from collie_core.ops.cross_entropy import LinearCrossEntropy, chunked, plain
+from collie_core.ops.cross_entropy import LinearCrossEntropy, SummedLoss, chunked, plain
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Ops:
     def describe(self) -> dict[str, str]:
         """Operation -> implementation, for run.json."""
         return dict(self.names)
+
+    def for_vocabulary(self, loss: SummedLoss, width: int) -> Ops:
+        """The same for a head that gives a part of the words: `loss` of its logits, `width` of them at most."""
+        return replace(self, linear_cross_entropy=partial(self.linear_cross_entropy, loss=loss, width=width))
 
 
 def select_ops(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from collie_core.errors import CheckpointError, nearest
 from collie_core.ops.rounding import round_to
 from collie_core.run import ParameterGroup
+from collie_core.shard import Shard
 
 if TYPE_CHECKING:
     from collie_core.data.batch import StepBatch
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class _Part:
     """One torch optimizer, the names of its parameters in its order, and what its only one stands for:
-    a shadow in fp32 (empty between steps) of a parameter of lower precision, or None."""
+    a shadow in fp32 (empty between steps) of the part of a parameter of lower precision, or None."""
 
     optimizer: torch.optim.Optimizer
     names: list[str]
-    shadowed: nn.Parameter | None
+    shadowed: Shard | None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -64,7 +65,7 @@ class ShadowedOptimizer:
                     shadow = nn.Parameter(parameter.detach().float())
                     optimizer = torch_class([{"params": [shadow], **settings}], **options)
                     _empty(shadow)
-                    self.parts.append(_Part(optimizer, [name], parameter))
+                    self.parts.append(_Part(optimizer, [name], group.shard(name)))
         if plain_groups:
             self.parts.append(_Part(torch_class(plain_groups, **options), plain_names, None))
 
@@ -90,17 +91,24 @@ class ShadowedOptimizer:
                 group["lr"] = lr * group["lr_scale"]
             if part.shadowed is None:
                 part.optimizer.step()
-            elif part.shadowed.grad is not None:
+            elif part.shadowed.local.grad is not None:
                 self._step_shadowed(part, part.shadowed)
 
-    def _step_shadowed(self, part: _Part, parameter: nn.Parameter) -> None:
-        [shadow], [name] = part.parameters, part.names
+    def _step_shadowed(self, part: _Part, shard: Shard) -> None:
+        [shadow], parameter = part.parameters, shard.local
         assert parameter.grad is not None
         shadow.data = parameter.detach().float()
         shadow.grad = parameter.grad.float()
         part.optimizer.step()
-        target, value = parameter.detach(), shadow.detach()
-        round_to(target, value, seed=self.run.seed, step=self.run.step + 1, name=name)
+        round_to(
+            parameter.detach(),
+            shadow.detach(),
+            seed=self.run.seed,
+            step=self.run.step + 1,
+            name=shard.name,
+            offset=shard.offsets,
+            global_shape=shard.shape,
+        )
         _empty(shadow)
 
     def state_dict(self) -> dict[str, Tensor]:

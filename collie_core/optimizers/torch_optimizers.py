@@ -41,6 +41,7 @@ class TorchOptimizerPlugin:
     in_backward = False
     default_lr: float
     fused_on_cuda = False
+    elementwise = True  # else it needs every parameter whole
     Options = _ConstructorOptions()
 
     def __init__(self, options: Any) -> None:
@@ -59,6 +60,12 @@ class TorchOptimizerPlugin:
             self.torch_class([torch.nn.Parameter(torch.zeros(1))], **dataclasses.asdict(self.options))
         except ValueError as error:
             return [f"optimizer: torch's {type(self).__name__} refuses its options: {error}"]
+        cut = run.config.tp_size > 1 or (run.config.dp_size > 1 and run.config.layout.options.get("zero_stage"))
+        if cut and not self.elementwise:
+            return [
+                f"optimizer: {section.name} needs every parameter whole; set tp_size to 1 and layout.zero_stage "
+                "to 0, or take an optimizer that works on each element by itself, such as adamw"
+            ]
         return []
 
     @hookimpl
@@ -123,6 +130,7 @@ class Adafactor(TorchOptimizerPlugin):
     """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235)."""
 
     default_lr = 1e-3
+    elementwise = False
 
 
 class Adagrad(TorchOptimizerPlugin):

@@ -42,9 +42,10 @@ def train_loop(session: Session, signals: StopSignals) -> None:
         session.position = session.reader.state()
         if not figures["finite"]:
             _not_finite(session, batch, figures)
+        memory = session.agree(signals)
 
         # ---------------------------------------------------------------- its figures
-        metrics = _metrics(session, batch, lr, figures, time.perf_counter() - started)
+        metrics = _metrics(batch, lr, figures, time.perf_counter() - started, memory)
         session.log(run.step, metrics)
         plugins.broadcast("collie_step_end", run=run, step=run.step, metrics=metrics)
 
@@ -66,19 +67,18 @@ def _due(every: int | None, step: int) -> bool:
 
 
 def _metrics(
-    session: Session, batch: StepBatch, lr: float, figures: dict[str, float], seconds: float
+    batch: StepBatch, lr: float, figures: dict[str, float], seconds: float, memory: float
 ) -> dict[str, float]:
     """The line of `metrics.jsonl` for a step; tokens count no padding, seconds cover the step alone."""
-    tokens = batch.tokens * session.run.config.dp_size
     return {
         "step": batch.step,
         "epoch": batch.epoch,
         "loss": figures["loss"],
         "lr": lr,
         "grad_norm": figures["grad_norm"],
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
-        "peak_memory_gib": session.peak_memory_gib(),
+        "tokens": batch.tokens,
+        "tokens_per_second": batch.tokens / seconds,
+        "peak_memory_gib": memory,
         "step_time": seconds,
         **{name: value for name, value in figures.items() if name not in ("loss", "grad_norm", "finite")},
     }
@@ -86,7 +86,10 @@ def _metrics(
 
 def _not_finite(session: Session, batch: StepBatch, figures: dict[str, float]) -> None:
     """Name the records of a step that was skipped; end the run unless `on_nan: skip`."""
-    records = [origin for micro in batch.micro_batches for row in micro.records for origin in row]
+    from collie_core.together import gather
+
+    own = [origin for micro in batch.micro_batches for row in micro.records for origin in row]
+    records = list(dict.fromkeys(origin for one in gather(own, session.run.control) for origin in one))
     shown = ", ".join(records[:8]) + (f" and {len(records) - 8} more" if len(records) > 8 else "")
     what = "loss" if not math.isfinite(figures["loss"]) else "gradient"
     message = (

@@ -66,14 +66,16 @@ def _versions() -> dict[str, str]:
 
 
 def checkpoint_state(run: Run, position: Any, data_fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors: step, place in the data, random state, config, autos."""
+    """What a checkpoint holds beside tensors: step, place in the data, random state of every process, config,
+    autos."""
     from collie_core.checkpoint.rng import rng_state
+    from collie_core.together import gather
 
     return {
         "step": run.step,
         "position": position,
         "data": data_fingerprint,
-        "rng": rng_state(),
+        "rng": gather(rng_state(), run.control),
         "config": run.config.to_mapping(),
         "resolved": run.resolved,
         "provider": run.source.name if run.source else None,
@@ -97,6 +99,10 @@ def export_final(run: Run, provider: ModelProvider, layout: Layout) -> Path:
 
     assert run.source is not None
     target = run.output_dir / "model"
+    if not run.first:
+        for _ in layout.full_tensors():
+            pass
+        return target
     export_pretrained(
         target,
         provider,

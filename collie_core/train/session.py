@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collie_core.registry import RunPlugins
     from collie_core.run import Run
     from collie_core.train.evaluation import Evaluator
+    from collie_core.train.signals import StopSignals
 
 
 @dataclass
@@ -38,9 +40,12 @@ class Session:
     monitors: list[Monitor] = field(default_factory=list)
     position: Any = None
     last_evaluation: dict[str, float] = field(default_factory=dict)
+    _saving: int = 0
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line in metrics.jsonl, and to every monitor."""
+        """One line in metrics.jsonl, and to every monitor; the first process's business."""
+        if not self.run.first:
+            return
         self.metrics_file.append({"step": step, **metrics})
         for monitor in list(self.monitors):
             self._tell(monitor, partial(monitor.log, step, metrics))
@@ -74,28 +79,65 @@ class Session:
         self.plugins.broadcast("collie_evaluate_end", run=run, step=run.step, metrics=results)
         return results
 
-    def save(self) -> Path:
-        """Write the checkpoint of the current step."""
+    def save(self) -> None:
+        """Write the checkpoint of the current step, in the background where the config says so."""
         from collie_core.train.output import checkpoint_state, write_model_files
 
-        run = self.run
+        self.settle()
+        run, background = self.run, self.run.config.checkpoint.async_save
+        self.plugins.broadcast("collie_checkpoint_saving", run=run, step=run.step)
+        write_tensors = self._copied() if background else self.layout.save
 
         def write(folder: Path) -> None:
-            self.layout.save(folder)
-            write_model_files(run, folder / "model_files")
+            write_tensors(folder)
+            if run.first:
+                write_model_files(run, folder / "model_files")
 
-        self.plugins.broadcast("collie_checkpoint_saving", run=run, step=run.step)
-        path = self.checkpoints.save(
-            run.step, write, checkpoint_state(run, self.position, self.data_fingerprint)
-        )
-        self.plugins.broadcast("collie_checkpoint_saved", run=run, step=run.step, path=path)
-        return path
+        state = checkpoint_state(run, self.position, self.data_fingerprint)
+        path = self.checkpoints.save(run.step, write, state, background=background)
+        self._saving = run.step
+        if not background:
+            self._saved(path)
+
+    def _copied(self) -> Callable[[Path], None]:
+        """A function that writes the tensors as they are now."""
+        from collie_core.checkpoint.store import TensorSave
+
+        saving = TensorSave(self.layout.state(), self.checkpoints.group, copy=True)
+        return lambda folder: saving.finish(folder, lambda: saving.write(folder))
+
+    def settle(self, wait: bool = True) -> None:
+        """Hear of a save in the background, waiting for it if `wait`; raises its error."""
+        if wait or self.checkpoints.finished():
+            path = self.checkpoints.wait()
+            if path is not None:
+                self._saved(path)
+
+    def _saved(self, path: Path) -> None:
+        self.plugins.broadcast("collie_checkpoint_saved", run=self.run, step=self._saving, path=path)
+
+    def agree(self, signals: StopSignals) -> float:
+        """Let every process know that one was told to stop; returns the highest peak memory of any, GiB."""
+        from collie_core.together import highest
+
+        run = self.run
+        received = float(signals.received) if signals.received is not None else 0.0
+        asked = float(run.stop_reason is not None)
+        number, stopped, memory = highest([received, asked, self.peak_memory_gib()], run.control)
+        if number and signals.received is None:
+            signals.received = signal.Signals(int(number))
+        if stopped:
+            run.stop("another process of the run asked for it")
+        self.settle(wait=False)
+        return memory
 
     def start(self) -> None:
         """Open the output folder and the monitors; from here on the run writes."""
         from collie_core.train.output import write_config, write_run_json
 
         run = self.run
+        if not run.first:
+            return
         write_config(run)
         write_run_json(run, self.plugins)
         self.metrics_file.truncate_after(run.step)
@@ -111,7 +153,9 @@ class Session:
         from collie_core.train.output import export_final, write_run_json
 
         run = self.run
-        write_run_json(run, self.plugins)  # with what was resolved in the first step
+        self.settle()
+        if run.first:
+            write_run_json(run, self.plugins)  # with what was resolved in the first step
         path = export_final(run, self.provider, self.layout)
         self.plugins.broadcast("collie_exported", run=run, path=path)
 
@@ -144,5 +188,6 @@ class Session:
         self.note(f"warning: {message}")
 
     def note(self, message: str) -> None:
-        """A line on stderr."""
-        print(message, file=sys.stderr, flush=True)
+        """A line on stderr, from the first process alone."""
+        if self.run.first:
+            print(message, file=sys.stderr, flush=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from collie_core.config.checks import check_config, processes, resume_differences
@@ -14,13 +16,17 @@ from collie_core.errors import ConfigError, UserError, nearest
 from collie_core.registry import Registry, RunPlugins
 
 if TYPE_CHECKING:
-    from collie_core.checkpoint.manager import Checkpoint
+    from collie_core.checkpoint.manager import Checkpoint, CheckpointManager
     from collie_core.config.schema import CollieConfig, PluginSection
     from collie_core.data.dataset import TokenizedDataset
     from collie_core.hookspecs import Layout, ModelProvider
     from collie_core.run import Run
     from collie_core.train.session import Session
     from collie_core.train.trainer import Trainer
+
+
+#: Seconds that a collective may take; processes that died or hang are found much earlier.
+_COLLECTIVE_TIMEOUT_S = 1800.0
 
 
 def sections(config: CollieConfig) -> Iterator[tuple[str, Key, PluginSection]]:
@@ -82,31 +88,53 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
     from collie_core.checkpoint.rng import restore_rng
     from collie_core.data.build import build_reader
     from collie_core.files import OutputLock
+    from collie_core.layouts.grid import data_rank
     from collie_core.monitors.metrics_file import MetricsFile
+    from collie_core.together import from_first
     from collie_core.train.session import Session
 
     config = trainer.config
     with ExitStack() as stack:
-        run, plugins = _new_run(trainer)
+        run, plugins = _new_run(trainer, stack)
         folder = run.output_dir
-        if folder.is_dir() and any(folder.iterdir()):
+
+        def lock_existing() -> bool:
+            """Hold the folder of an earlier run; a new one is made when all else is known to be well."""
+            if not folder.is_dir() or not any(folder.iterdir()):
+                return False
             _must_be_a_run(folder)
             stack.enter_context(OutputLock(folder))
-        checkpoints = CheckpointManager(folder, keep=config.checkpoint.keep, verify=config.checkpoint.verify)
+            return True
+
+        def lock_new() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(OutputLock(folder))
+
+        exists = from_first(lock_existing, run.control)
+        checkpoints = CheckpointManager(
+            folder, keep=config.checkpoint.keep, verify=config.checkpoint.verify, group=_own_group(run)
+        )
         checkpoint = _checkpoint_to_resume(run, checkpoints)
         provider = _open_model(trainer, run, plugins)
         refuse(plugins.check(run))
-        train_data = _dataset(trainer, run, provider, "train")
-        eval_data = _dataset(trainer, run, provider, "eval")
+        train_data = _dataset(trainer, run, provider, "train", stack)
+        eval_data = _dataset(trainer, run, provider, "eval", stack)
         if train_data is None:
             raise config.problems(
                 ConfigProblems([(("data", "train"), "is required to train: a file or folder of records")])
             )
-        reader = build_reader(train_data, config, dp_rank=0, pad_token_id=run.pad_token_id)
+        layout = _open_layout(run, plugins, stack)
+        reader = build_reader(
+            train_data,
+            config,
+            dp_rank=data_rank(config, run.rank),
+            pad_token_id=run.pad_token_id,
+            count_micro_batches=layout.count_micro_batches if config.pp_size > 1 else None,
+        )
         run.total_steps = reader.total_steps(config.train.epochs)
         if config.train.max_steps is not None:
             run.total_steps = min(run.total_steps, config.train.max_steps)
-        layout, base_lr = _prepare(run, plugins, provider, stack, checkpoint)
+        base_lr = _prepare(run, plugins, provider, layout, checkpoint)
         session = Session(
             run=run,
             plugins=plugins,
@@ -124,10 +152,10 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
             _same_data(config, state["data"], train_data)
             reader.restore(state["position"])
             session.position = state["position"]
-            restore_rng(state["rng"])
-        if not folder.is_dir() or not any(folder.iterdir()):
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(OutputLock(folder))
+            if len(state["rng"]) == run.world_size:
+                restore_rng(state["rng"][run.rank])
+        if not exists:
+            from_first(lock_new, run.control)
         yield session
 
 
@@ -136,16 +164,15 @@ def open_evaluation(trainer: Trainer) -> Iterator[Callable[[], dict[str, float]]
     """A function that runs every evaluator; nothing is written."""
     config = trainer.config
     with ExitStack() as stack:
-        run, plugins = _new_run(trainer)
+        run, plugins = _new_run(trainer, stack)
         provider = _open_model(trainer, run, plugins)
         refuse(plugins.check(run))
-        data = _dataset(trainer, run, provider, "eval")
+        data = _dataset(trainer, run, provider, "eval", stack)
         if data is None:
             raise config.problems(
                 ConfigProblems([(("data", "eval"), "is required to evaluate: a file or folder of records")])
             )
-        layout = plugins.call_one(plugins.of_kind("layout")[0], "collie_layout", run=run)
-        stack.callback(layout.close, None)
+        layout = _open_layout(run, plugins, stack)
         layout.prepare(provider, [], None)
         evaluators = _evaluators(run, data)
 
@@ -159,10 +186,20 @@ def open_evaluation(trainer: Trainer) -> Iterator[Callable[[], dict[str, float]]
         yield evaluate
 
 
-def _new_run(trainer: Trainer) -> tuple[Run, RunPlugins]:
-    """The run and its selected plugins, after the checks that need neither model nor data."""
+def _new_run(trainer: Trainer, stack: ExitStack) -> tuple[Run, RunPlugins]:
+    """The run and its selected plugins, after the checks that need neither model nor data.
+
+    With several processes they have met when it returns.
+    """
     import torch
 
+    from collie_core.launch.world import (
+        close_process_group,
+        current_world,
+        local_device,
+        open_process_group,
+    )
+    from collie_core.layouts.grid import data_rank
     from collie_core.run import Run
 
     config = trainer.config
@@ -171,16 +208,34 @@ def _new_run(trainer: Trainer) -> tuple[Run, RunPlugins]:
     select_plugins(config, plugins)
     for index, callback in enumerate(trainer.callbacks):
         plugins.register_object(callback, f"callback:{index}")
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    world = current_world()
+    device = local_device(world)
     if config.train.deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    run = Run(config, Path(config.output_dir), device, loss_fn=trainer.loss_fn, model=trainer.model)
-    torch.manual_seed(config.seed)
+    run = Run(
+        config,
+        Path(config.output_dir),
+        device,
+        rank=world.rank,
+        world_size=world.size,
+        loss_fn=trainer.loss_fn,
+        model=trainer.model,
+    )
+    if world.size > 1:
+        if not torch.distributed.is_initialized():  # it stays for a later run of the same process
+            open_process_group(world, device, _COLLECTIVE_TIMEOUT_S)
+            atexit.register(close_process_group)
+        stack.push(lambda kind, error, trace: close_process_group() if error is not None else None)
+        run.control = torch.distributed.new_group(backend="gloo")
+    torch.manual_seed(config.seed + data_rank(config, run.rank))
     return run, plugins
+
+
+def _own_group(run: Run) -> Any:
+    """A group for checkpoints alone, so that saves in the background never cross other messages."""
+    import torch.distributed as dist
+
+    return None if run.control is None else dist.new_group(backend="gloo")
 
 
 def _open_model(trainer: Trainer, run: Run, plugins: RunPlugins) -> ModelProvider:
@@ -188,8 +243,10 @@ def _open_model(trainer: Trainer, run: Run, plugins: RunPlugins) -> ModelProvide
     from collie_core.models.provider import select_provider
 
     section = run.config.model
+    origin = getattr(trainer.model, "origin", None)
+    given = origin.path if origin is not None and next(trainer.model.parameters()).is_meta else None
     selected = select_provider(
-        section.path, provider=section.provider, revision=section.revision, plugins=plugins, run=run
+        given or section.path, provider=section.provider, revision=section.revision, plugins=plugins, run=run
     )
     run.source = selected
     run.tokenizer = trainer.tokenizer or selected.provider.tokenizer(selected.path)
@@ -197,37 +254,75 @@ def _open_model(trainer: Trainer, run: Run, plugins: RunPlugins) -> ModelProvide
 
 
 def _dataset(
-    trainer: Trainer, run: Run, provider: ModelProvider, split: Literal["train", "eval"]
+    trainer: Trainer,
+    run: Run,
+    provider: ModelProvider,
+    split: Literal["train", "eval"],
+    stack: ExitStack,
 ) -> TokenizedDataset | None:
-    """The tokenised records of a split, or None where the config has none."""
+    """The tokenised records of a split, or None where the config has none.
+
+    On each machine one process reads and tokenises them; the others map its arrays.
+    """
     from collie_core.data.build import build_dataset
+    from collie_core.data.dataset import TokenizedDataset
+    from collie_core.together import from_first_on_node
 
     given = trainer.train_dataset if split == "train" else trainer.eval_dataset
     source: Any = given if given is not None else getattr(run.config.data, split)
     if source is None:
         return None
-    return build_dataset(
-        source, run.tokenizer, run.config.data, split=split, provider_template=provider.template
-    )
+
+    def build() -> TokenizedDataset:
+        return build_dataset(
+            source,
+            run.tokenizer,
+            run.config.data,
+            split=split,
+            provider_template=provider.template,
+            progress=run.first,
+        )
+
+    if run.world_size == 1:
+        return build()
+
+    def build_for_all() -> Path:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="collie-data-")))
+        build().save(folder)
+        return folder
+
+    return TokenizedDataset.open(from_first_on_node(build_for_all, run.control))
 
 
 def _evaluators(run: Run, data: TokenizedDataset | None) -> dict[str, Any]:
     from collie_core.data.reader import EvaluationBatches
+    from collie_core.layouts.grid import data_rank
     from collie_core.train.evaluation import make_evaluators
 
     if data is None:
         return {}
     rows = run.config.evaluate.micro_batch_size or run.config.train.micro_batch_size
     batches = EvaluationBatches(
-        data, micro_batch_size=rows, dp_rank=0, dp_size=1, pad_token_id=run.pad_token_id
+        data,
+        micro_batch_size=rows,
+        dp_rank=data_rank(run.config, run.rank),
+        dp_size=run.config.dp_size,
+        pad_token_id=run.pad_token_id,
     )
     return make_evaluators(run.config, batches)
 
 
+def _open_layout(run: Run, plugins: RunPlugins, stack: ExitStack) -> Layout:
+    """The layout, its processes grouped; the model comes later."""
+    layout: Layout = plugins.call_one(plugins.of_kind("layout")[0], "collie_layout", run=run)
+    stack.callback(layout.close, None)
+    return layout
+
+
 def _prepare(
-    run: Run, plugins: RunPlugins, provider: ModelProvider, stack: ExitStack, checkpoint: Checkpoint | None
-) -> tuple[Layout, float]:
-    """The layout with its model and optimizer, and the base learning rate."""
+    run: Run, plugins: RunPlugins, provider: ModelProvider, layout: Layout, checkpoint: Checkpoint | None
+) -> float:
+    """Give the layout its model and optimizer; returns the base learning rate."""
     optimizer_plugin = plugins.of_kind("optimizer")[0]
     base_lr = run.config.optimizer.lr
     if base_lr is None:
@@ -236,8 +331,6 @@ def _prepare(
         message = f"is required: optimizer {run.config.optimizer.name!r} has no default learning rate"
         raise run.config.problems(ConfigProblems([(("optimizer", "lr"), message)]))
     run.resolved["optimizer.lr"] = base_lr
-    layout = plugins.call_one(plugins.of_kind("layout")[0], "collie_layout", run=run)
-    stack.callback(layout.close, None)
     adapters = [plugins.call_one(plugin, "collie_adapter", run=run) for plugin in plugins.of_kind("adapter")]
     layout.prepare(
         provider,
@@ -249,7 +342,7 @@ def _prepare(
     if checkpoint is not None:
         layout.load(checkpoint.path)
     plugins.broadcast("collie_model_loaded", run=run, model=layout.model)
-    return layout, base_lr
+    return base_lr
 
 
 def _same_data(config: CollieConfig, saved: str, data: TokenizedDataset) -> None:
@@ -264,8 +357,23 @@ def _must_be_a_run(folder: Path) -> None:
         raise UserError(f"output_dir {folder}: is not empty and no run's folder; choose another one")
 
 
-def _checkpoint_to_resume(run: Run, checkpoints: Any) -> Checkpoint | None:
-    """The checkpoint that `checkpoint.resume` asks for; the run then stands at its step."""
+def _checkpoint_to_resume(run: Run, checkpoints: CheckpointManager) -> Checkpoint | None:
+    """The checkpoint that `checkpoint.resume` asks for; the run then stands at its step.
+
+    The first process looks and verifies for all.
+    """
+    from collie_core.together import from_first
+
+    found = from_first(lambda: _find_checkpoint(run, checkpoints), run.control)
+    if found is None:
+        return None
+    state = found.state()
+    run.step = state["step"]
+    run.resolved.update(state["resolved"])
+    return found
+
+
+def _find_checkpoint(run: Run, checkpoints: CheckpointManager) -> Checkpoint | None:
     config, mode = run.config, run.config.checkpoint.resume
     if mode == "never":
         if run.output_dir.is_dir() and any(run.output_dir.iterdir()):
@@ -274,13 +382,9 @@ def _checkpoint_to_resume(run: Run, checkpoints: Any) -> Checkpoint | None:
             )
             raise config.problems(ConfigProblems([(("checkpoint", "resume"), message)]))
         return None
-    found: Checkpoint | None = checkpoints.latest() if mode == "auto" else checkpoints.open(Path(mode))
-    if found is None:
-        return None
-    state = found.state()
-    differences = resume_differences(state["config"], config)
-    if differences:
-        raise config.problems(ConfigProblems(differences))
-    run.step = state["step"]
-    run.resolved.update(state["resolved"])
+    found = checkpoints.latest() if mode == "auto" else checkpoints.open(Path(mode))
+    if found is not None:
+        differences = resume_differences(found.state()["config"], config)
+        if differences:
+            raise config.problems(ConfigProblems(differences))
     return found

@@ -77,6 +77,7 @@ class Trainer:
             try:
                 session.start()
                 train_loop(session, signals)
+                session.settle()
                 if signals.received is None:
                     session.finish()
                 session.close(None)

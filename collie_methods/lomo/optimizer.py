@@ -17,6 +17,7 @@ from collie_methods.lomo import rules
 
 if TYPE_CHECKING:
     from collie_core.data.batch import StepBatch
+    from collie_core.shard import Piece, Shard
 
 
 class FusedOptimizer:
@@ -64,7 +65,7 @@ class FusedOptimizer:
         """Never called: the updates are in the backward pass."""
         raise NotImplementedError(f"{type(self).__name__} updates in the backward pass, not in step()")
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> Mapping[str, Tensor | Piece]:
         """No state."""
         return {}
 
@@ -72,8 +73,8 @@ class FusedOptimizer:
         """Inverse of state_dict.  Raises CheckpointError where the state does not fit."""
         load_state(self.state_dict(), state)
 
-    def _noise(self, name: str) -> Noise:
-        return Noise(self.seed, self.step_number, name)
+    def _noise(self, shard: Shard) -> Noise:
+        return Noise.of(self.seed, self.step_number, shard)
 
 
 class LomoOptimizer(FusedOptimizer):
@@ -87,7 +88,7 @@ class LomoOptimizer(FusedOptimizer):
         descend(
             parameter.detach(),
             gradient,
-            self._noise(name),
+            self._noise(group.shard(name)),
             finite=finite,
             rate=lr,
             decay=lr * group.weight_decay,
@@ -113,32 +114,42 @@ class AdaLomoOptimizer(FusedOptimizer):
         seed: int = 0,
     ) -> None:
         super().__init__(groups, two_pass=two_pass, clip_grad_value=clip_grad_value, seed=seed)
-        self.state = {
-            name: _new_state(parameter) for group in groups for name, parameter in group.parameters.items()
-        }
+        self.shards = {name: group.shard(name) for group in groups for name in group.parameters}
+        self.state = {name: _new_state(shard) for name, shard in self.shards.items()}
 
     @torch.no_grad()
     def update(self, name: str, parameter: nn.Parameter, gradient: Tensor, finite: Tensor) -> None:
         """One parameter's step; see `collie_core.hookspecs.Optimizer`."""
-        if parameter.numel() == 0:
+        shard = self.shards[name]
+        if 0 in shard.shape:
             return
         group, state, weight = self.group_of[name], self.state[name], parameter.detach()
         gradient = scaled_gradient(gradient, self.loss_scale, self.grad_scale, self.clip_grad_value)
         rule = rules.matrix_update if weight.ndim >= 2 else rules.vector_update
-        update = rule(gradient, **state, finite=finite)
-        rate, decay = rules.rates(weight, update, self.lr * group.lr_scale, group.weight_decay)
-        descend(weight, update, self._noise(name), finite=finite, rate=rate, decay=decay)
+        update = rule(gradient, **state, finite=finite, shard=shard)
+        rate, decay = rules.rates(weight, update, self.lr * group.lr_scale, group.weight_decay, shard)
+        descend(weight, update, self._noise(shard), finite=finite, rate=rate, decay=decay)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """`<name>.<state>`: the live tensors."""
-        return {f"{name}.{key}": value for name, state in self.state.items() for key, value in state.items()}
+    def state_dict(self) -> Mapping[str, Tensor | Piece]:
+        """`<name>.<state>`: the live tensors, or this rank's pieces of them."""
+        return {
+            f"{name}.{key}": self.shards[name].piece(value, _dimensions(key, value))
+            for name, state in self.state.items()
+            for key, value in state.items()
+        }
 
 
-def _new_state(parameter: nn.Parameter) -> dict[str, Tensor]:
+def _new_state(shard: Shard) -> dict[str, Tensor]:
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+        return torch.zeros(shape, dtype=torch.float32, device=shard.local.device)
 
-    if parameter.ndim < 2:
-        return {"v": zeros(*parameter.shape), "t": zeros()}
-    *batch, rows, columns = parameter.shape
+    if len(shard.shape) < 2:
+        return {"v": zeros(*shard.local.shape), "t": zeros()}
+    *batch, rows, columns = shard.local.shape
     return {"row": zeros(*batch, rows), "col": zeros(*batch, columns), "t": zeros()}
+
+
+def _dimensions(key: str, value: Tensor) -> list[int]:
+    """Which dimensions of its parameter a state has."""
+    dims = list(range(value.ndim))
+    return dims if key != "col" else [*dims[:-1], value.ndim]

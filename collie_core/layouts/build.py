@@ -1,0 +1,136 @@
+"""From a provider to a module that runs: meta, adapters, trainable patterns, and on one process the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from collie_core.config.problems import ConfigProblems
+from collie_core.layouts.stage import Stage
+from collie_core.models.loading import Slots
+from collie_core.models.sources import load_selected
+from collie_core.run import whole_shards
+from collie_core.shard import Shard
+
+if TYPE_CHECKING:
+    from collie_core.hookspecs import Adapter, ModelProvider
+    from collie_core.layouts.tensor_parallel import TensorParallel
+    from collie_core.ops import Ops
+    from collie_core.run import Run
+
+
+@dataclass
+class Placed:
+    """A model where it runs.
+
+    stages: this rank's stretches of it, in order.  parameters: those of the modules, by their names in the
+    whole model.  shards: this rank's part of each, under the same names; frozen ones too.
+    whole_shapes: shape of every parameter and persistent buffer of the whole model, in its order.
+    width, dtype: of the hidden states between stages.  zero: the parameters are sharded over dp.
+    """
+
+    model: nn.Module
+    stages: list[Stage]
+    parameters: dict[str, nn.Parameter]
+    shards: dict[str, Shard]
+    whole_shapes: dict[str, torch.Size]
+    tp: TensorParallel | None = None
+    width: int = 0
+    dtype: torch.dtype = torch.float32
+    zero: bool = False
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained."""
+        return {name: p for name, p in self.parameters.items() if p.requires_grad}
+
+
+def build(
+    run: Run, provider: ModelProvider, adapters: Sequence[Adapter], ops: Ops
+) -> tuple[nn.Module, dict[str, Adapter]]:
+    """The complete module with adapters in place and `requires_grad` set, and who added which parameter.
+
+    It is on meta, unless the user gave a model with weights.
+    Raises ConfigError where a pattern of trainable parameters matches nothing.
+    """
+    assert run.source is not None
+    if run.model is not None:
+        model: nn.Module = run.model
+    else:
+        with torch.device("meta"):
+            model = provider.build(run.source.config, ops)
+    added_by: dict[str, Adapter] = {}
+    for adapter in adapters:
+        before = {name for name, _ in model.named_parameters()}
+        adapter.adapt(model)
+        added_by |= {name: adapter for name, _ in model.named_parameters() if name not in before}
+    set_trainable(model, run)
+    return model, added_by
+
+
+def place_whole(run: Run, provider: ModelProvider, adapters: Sequence[Adapter], ops: Ops) -> Placed:
+    """The module with its weights on one process, with nothing wrapped around it.
+
+    Raises CheckpointError where the weights do not fit.
+    """
+    assert run.source is not None
+    model, added_by = build(run, provider, adapters, ops)
+
+    def fill(name: str, values: Tensor) -> None:
+        added_by[name].initialise(name, values, Shard.whole(name, nn.Parameter(values, requires_grad=False)))
+
+    if has_weights(model):
+        model = model.to(run.device)
+        for name in added_by:
+            fill(name, model.get_parameter(name).detach())
+    else:
+        load_selected(
+            model,
+            run.source,
+            device=run.device,
+            dtype=getattr(torch, run.config.model.dtype),
+            initialise=fill if added_by else None,
+        )
+    stage = Stage(model, _blocks(model), ops, run)
+    slots = Slots(model)
+    shapes = {name: tensor.shape for name, tensor in slots.tensors.items() if name not in slots.copies}
+    buffers = {name: tensor for name, tensor in slots.tensors.items() if not isinstance(tensor, nn.Parameter)}
+    parameters = dict(model.named_parameters())
+    return Placed(model, [stage], parameters, whole_shards(model), shapes, buffers=buffers)
+
+
+def has_weights(model: nn.Module) -> bool:
+    """False while the module is on meta."""
+    return not next(model.parameters()).is_meta
+
+
+def _blocks(model: Any) -> nn.ModuleDict:
+    blocks: nn.ModuleDict = model.blocks
+    return blocks
+
+
+def set_trainable(model: nn.Module, run: Run) -> None:
+    """Apply `train.trainable` and `train.frozen`; a parameter must match the one and not the other."""
+    train = run.config.train
+    names = [name for name, _ in model.named_parameters()]
+    for key in ("trainable", "frozen"):
+        for pattern in getattr(train, key):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                message = f"{pattern!r} matches no parameter (such as {names[0]!r})"
+                raise run.config.problems(ConfigProblems([(("train", key), message)]))
+    for name, parameter in model.named_parameters():
+        if train.trainable and not any(fnmatchcase(name, pattern) for pattern in train.trainable):
+            parameter.requires_grad_(False)
+        if any(fnmatchcase(name, pattern) for pattern in train.frozen):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        message = "leaves no parameter to train"
+        raise run.config.problems(
+            ConfigProblems([(("train", "trainable" if train.trainable else "frozen"), message)])
+        )

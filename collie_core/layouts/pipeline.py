@@ -1,0 +1,199 @@
+"""Pipeline schedules: in which order a rank runs forward and backward passes, and what it sends and receives.
+
+GPipe (Huang et al. 2019, arXiv 1811.06965), 1F1B (Narayanan et al. 2019, arXiv 1806.03377) and interleaved
+1F1B (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).  Micro-batches may differ in rows and length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from collie_core.data.batch import MicroBatch
+    from collie_core.layouts.grid import Grid
+    from collie_core.layouts.stage import Stage
+
+Schedule = Literal["1f1b", "gpipe", "interleaved"]
+
+
+class Action(NamedTuple):
+    """Run micro-batch `micro` through the rank's `chunk`-th stretch of blocks, forward or backward."""
+
+    forward: bool
+    chunk: int
+    micro: int
+
+
+def actions(schedule: Schedule, ranks: int, rank: int, chunks: int, micros: int) -> list[Action]:
+    """What a rank of the pipeline does, in order.
+
+    chunks: stretches of blocks a rank (1 but for interleaved, where stretch c of rank r is number
+    c * ranks + r of the model).
+    """
+    rounds = max(1, micros // ranks) if chunks > 1 else micros
+    sizes = [micros // rounds + (index < micros % rounds) for index in range(rounds)]
+    forward: list[Action] = []
+    backward: list[Action] = []
+    begin = 0
+    for size in sizes:
+        members = range(begin, begin + size)
+        forward += [Action(True, chunk, micro) for chunk in range(chunks) for micro in members]
+        backward += [Action(False, chunk, micro) for chunk in reversed(range(chunks)) for micro in members]
+        begin += size
+    if schedule == "gpipe":
+        warm_up = len(forward)
+    elif chunks == 1:
+        warm_up = ranks - rank - 1
+    else:
+        warm_up = 2 * (ranks - rank - 1) + (chunks - 1) * max(sizes)
+    warm_up = min(warm_up, len(forward))
+    order = forward[:warm_up]
+    for one, other in zip(forward[warm_up:], backward, strict=False):
+        order += [one, other]
+    return order + backward[len(forward) - warm_up :]
+
+
+@dataclass
+class Pipeline:
+    """Moves activations and gradients between the stages of one pipeline.
+
+    stages: this rank's stretches.  Each directed neighbourhood has a group of its own, so that what is sent
+    one way never waits for what comes the other way.
+    """
+
+    grid: Grid
+    stages: Sequence[Stage]
+    width: int
+    dtype: torch.dtype
+    _ways: dict[tuple[bool, int], ProcessGroup] = field(default_factory=dict)
+    _sent: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Make the groups: (forward, sender's stage) -> the sender and its receiver, in all pipelines."""
+        grid, size = self.grid, self.grid.pp.size
+        for forward in (True, False):
+            for sender in range(size):
+                receiver = (sender + (1 if forward else -1)) % size
+                for pipeline in grid.pipelines():
+                    ranks = [pipeline[sender], pipeline[receiver]]
+                    group = dist.new_group(ranks)
+                    if dist.get_rank() in ranks:
+                        self._ways[forward, sender] = group
+
+    def run(
+        self,
+        schedule: Schedule,
+        batches: Sequence[MicroBatch],
+        loss_of: Callable[[Tensor], Tensor],
+        last_backward: Callable[[Stage], None],
+    ) -> Tensor:
+        """Forward and backward of all micro-batches; their summed losses (fp32) on the last stage, else 0.
+
+        loss_of: what is differentiated, of a micro-batch's summed loss.  last_backward: called before the
+        backward pass that completes a stretch's gradients.
+        """
+        order = actions(schedule, self.grid.pp.size, self.grid.pp.rank, len(self.stages), len(batches))
+        total = torch.zeros((), dtype=torch.float32, device=self.grid.device)
+        alive: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        left = {chunk: len(batches) for chunk in range(len(self.stages))}
+        for action, received in self._with_received(order, batches):
+            stage, batch = self.stages[action.chunk], batches[action.micro]
+            if action.forward:
+                h = received.requires_grad_() if received is not None else None
+                out = stage(batch, h)
+                if stage.head is not None:
+                    total += out.detach()
+                    out = loss_of(out)
+                else:
+                    self._send(True, out.detach())
+                alive[action.chunk, action.micro] = h, out
+                continue
+            h, out = alive.pop((action.chunk, action.micro))
+            left[action.chunk] -= 1
+            if left[action.chunk] == 0:
+                last_backward(stage)
+            torch.autograd.backward(out, received)
+            if h is not None:
+                assert h.grad is not None
+                self._send(False, h.grad)
+        self._settle()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batch: MicroBatch) -> Tensor:
+        """Forward of one batch; its summed loss (fp32) on the last stage, else 0."""
+        total = torch.zeros((), dtype=torch.float32, device=self.grid.device)
+        order = [Action(True, chunk, 0) for chunk in range(len(self.stages))]
+        for action, received in self._with_received(order, [batch]):
+            out = self.stages[action.chunk](batch, received, custom=False)
+            if self.stages[action.chunk].head is None:
+                self._send(True, out)
+            else:
+                total += out
+        self._settle()
+        return total
+
+    def receive(self, shape: tuple[int, ...]) -> Tensor:
+        """The hidden output of the stage before."""
+        tensor, work = self._expect(True, shape)
+        work.wait()
+        return tensor
+
+    def send(self, h: Tensor) -> None:
+        """The hidden output to the next stage."""
+        self._send(True, h)
+        self._settle()
+
+    def _with_received(
+        self, order: Sequence[Action], batches: Sequence[MicroBatch]
+    ) -> Iterator[tuple[Action, Tensor | None]]:
+        """Each action with what it needs from a neighbour, asked for one action ahead."""
+        asked = None
+        for index, action in enumerate(order):
+            asked = self._ask(action, batches) if index == 0 else asked
+            current = asked
+            asked = self._ask(order[index + 1], batches) if index + 1 < len(order) else None
+            if current is None:
+                yield action, None
+                continue
+            tensor, work = current
+            work.wait()
+            yield action, tensor
+
+    def _ask(self, action: Action, batches: Sequence[MicroBatch]) -> tuple[Tensor, dist.Work] | None:
+        """Expect what an action needs: hidden states where no embedding is, gradients where no head is."""
+        stage, batch = self.stages[action.chunk], batches[action.micro]
+        if (stage.embed if action.forward else stage.head) is not None:
+            return None
+        return self._expect(action.forward, (batch.input_ids.shape[0], stage.length(batch), self.width))
+
+    def _expect(self, forward: bool, shape: tuple[int, ...]) -> tuple[Tensor, dist.Work]:
+        grid = self.grid
+        sender = (grid.pp.rank + (-1 if forward else 1)) % grid.pp.size
+        tensor = torch.empty(shape, dtype=self.dtype, device=grid.device)
+        work = dist.irecv(tensor, grid.stage_rank(sender), group=self._ways[forward, sender])
+        assert work is not None
+        return tensor, work
+
+    def _send(self, forward: bool, tensor: Tensor) -> None:
+        grid = self.grid
+        receiver = (grid.pp.rank + (1 if forward else -1)) % grid.pp.size
+        tensor = tensor.contiguous()
+        work = dist.isend(tensor, grid.stage_rank(receiver), group=self._ways[forward, grid.pp.rank])
+        assert work is not None
+        self._sent = [(other, kept) for other, kept in self._sent if not other.is_completed()]
+        self._sent.append((work, tensor))
+
+    def _settle(self) -> None:
+        """Wait until everything sent has left."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()

@@ -1,0 +1,149 @@
+"""A layout's tensors for checkpoints and exports, whichever ranks hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from collie_core.checkpoint.store import load_tensors, read_metadata
+from collie_core.shard import Piece
+
+if TYPE_CHECKING:
+    from collie_core.layouts.native import NativeLayout
+
+
+def state_of(layout: NativeLayout) -> dict[str, Tensor | Piece]:
+    """`model.*`, `optimizer.*` and `layout.*`: live tensors of this rank, and pieces of those that are cut."""
+    placed = layout.placed
+    state: dict[str, Tensor | Piece] = {
+        f"model.{name}": shard.piece(shard.local.detach()) for name, shard in placed.shards.items()
+    }
+    state |= {f"model.{name}": buffer for name, buffer in placed.buffers.items()}
+    if layout.optimizer is not None:
+        for name, value in layout.optimizer.state_dict().items():
+            state[f"optimizer.{name}"] = _as_piece(layout, name, value)
+        state |= {f"layout.{name}": tensor for name, tensor in layout.loss_scale.state_dict().items()}
+    return state
+
+
+def load_state(layout: NativeLayout, folder: Path) -> None:
+    """Fill model, optimizer and loss scale, each rank reading its pieces.  Raises CheckpointError."""
+    group = layout.grid.control
+    state = {name: value for name, value in state_of(layout).items() if name.startswith("model.")}
+    load_tensors(state, folder, process_group=group)
+    if layout.optimizer is None:
+        return
+    stored = read_metadata(folder).tensors
+    live = layout.optimizer.state_dict()
+    scale = layout.loss_scale.state_dict()
+    wanted: dict[str, Tensor | Piece] = {f"layout.{name}": tensor for name, tensor in scale.items()}
+    for full_name, found in stored.items():
+        name = full_name.removeprefix("optimizer.")
+        parameter = name.rpartition(".")[0]
+        if full_name == name or (parameter not in layout.placed.shards and _elsewhere(layout, parameter)):
+            continue
+        empty = torch.empty(tuple(found.shape), dtype=found.torch_dtype)
+        if name in live:
+            like = _as_piece(layout, name, live[name])
+        elif parameter in layout.placed.shards:
+            shard = layout.placed.shards[parameter]
+            whole = tuple(found.shape) != shard.shape
+            like = empty if whole else shard.piece(torch.empty(shard.local.shape, dtype=found.torch_dtype))
+        else:
+            like = empty  # the optimizer says what it cannot place
+        if isinstance(like, Piece):
+            wanted[full_name] = Piece(torch.empty_like(like.local), like.shape, like.offsets)
+        else:
+            wanted[full_name] = torch.empty(like.shape, dtype=found.torch_dtype, device=like.device)
+    load_tensors(wanted, folder, process_group=group)
+    layout.loss_scale.load_state_dict(
+        {name: _local(wanted[f"layout.{name}"]) for name in scale}
+    )
+    layout.optimizer.load_state_dict(
+        {
+            name.removeprefix("optimizer."): _local(value)
+            for name, value in wanted.items()
+            if name.startswith("optimizer.")
+        }
+    )
+
+
+def full_tensors(layout: NativeLayout) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) in the model's order; on other ranks than 0 an empty tensor in its place.
+
+    One tensor at a time is gathered to rank 0, from one holder of each box.
+    """
+    placed, grid = layout.placed, layout.grid
+    local: dict[str, Tensor | Piece] = {
+        name: shard.piece(shard.local.detach()) for name, shard in placed.shards.items()
+    }
+    local |= placed.buffers
+    if grid.world.group is None:
+        for name in placed.whole_shapes:
+            yield name, _local(local[name])
+        return
+    boxes = {name: (_offsets(value), tuple(_local(value).shape), _local(value).dtype) for name, value in local.items()}
+    everyone: list[dict[str, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]] = [
+        {} for _ in range(grid.world.size)
+    ]
+    dist.all_gather_object(everyone, boxes, group=grid.control)
+    for name, shape in placed.whole_shapes.items():
+        holders = {
+            one[name][:2]: rank
+            for rank, one in reversed(list(enumerate(everyone)))
+            if name in one and (0 not in one[name][1] or 0 in shape)
+        }
+        dtype = next(one[name][2] for one in everyone if name in one)
+        yield name, _gathered(layout, local.get(name), holders, shape, dtype)
+
+
+def _gathered(
+    layout: NativeLayout,
+    own: Tensor | Piece | None,
+    holders: dict[tuple[tuple[int, ...], tuple[int, ...]], int],
+    shape: torch.Size,
+    dtype: torch.dtype,
+) -> Tensor:
+    rank, control = layout.grid.world.rank, layout.grid.control
+    if rank != 0:
+        for box, holder in holders.items():
+            if holder == rank and own is not None and box == (_offsets(own), tuple(_local(own).shape)):
+                dist.send(_local(own).to("cpu").contiguous(), 0, group=control)
+        return torch.empty(0, dtype=dtype)
+    whole = torch.empty(shape, dtype=dtype)
+    for (offsets, sizes), holder in holders.items():
+        place = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
+        if holder == 0:
+            assert own is not None
+            whole[place] = _local(own).to("cpu")
+        else:
+            part = torch.empty(sizes, dtype=dtype)
+            dist.recv(part, holder, group=control)
+            whole[place] = part
+    return whole
+
+
+def _as_piece(layout: NativeLayout, name: str, value: Tensor | Piece) -> Tensor | Piece:
+    """A state of the shape of its parameter is cut like it; an optimizer says itself of any other."""
+    shard = layout.placed.shards.get(name.rpartition(".")[0])
+    if isinstance(value, Piece) or shard is None or not shard.shape or value.shape != shard.local.shape:
+        return value
+    return shard.piece(value)
+
+
+def _elsewhere(layout: NativeLayout, name: str) -> bool:
+    """True for a parameter that another stage has."""
+    return layout.grid.pp.size > 1 and name in layout.placed.whole_shapes
+
+
+def _local(value: Tensor | Piece) -> Tensor:
+    return value.local if isinstance(value, Piece) else value
+
+
+def _offsets(value: Tensor | Piece) -> tuple[int, ...]:
+    return tuple(value.offsets) if isinstance(value, Piece) else (0,) * value.ndim

@@ -1,0 +1,265 @@
+"""Tensor parallelism by the provider's table: linears and embeddings become their cut counterparts.
+
+The model's own code is not touched: a module named in the plan is replaced by one of the classes below, with
+the same parameter names, which holds this rank's part and talks to the others where the maths asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from collie_core.errors import ConfigError, PluginError
+from collie_core.layouts.collectives import (
+    Copy,
+    GatherSequence,
+    JoinSequence,
+    Reduce,
+    ReduceScatterSequence,
+    SplitSequence,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from collie_core.layouts.grid import Axis, Grid
+    from collie_core.models.weight_map import ParallelPlan
+    from collie_core.shard import Shard
+
+Kind = Literal["columns", "rows", "embedding", "head", "partial", "whole"]
+
+
+class TensorParallel:
+    """The ranks of one layer, and whether the activations between layers are cut along the sequence."""
+
+    def __init__(self, axis: Axis, sequence_parallel: bool) -> None:
+        assert axis.group is not None
+        self.group: ProcessGroup = axis.group
+        self.size, self.rank = axis.size, axis.rank
+        self.sequence_parallel = sequence_parallel
+
+    def part(self, length: int) -> tuple[int, int]:
+        """(start, length) of this rank's part of `length` rows; they differ by one at most."""
+        least, more = divmod(length, self.size)
+        start = self.rank * least + min(self.rank, more)
+        return start, least + (self.rank < more)
+
+    def split(self, h: Tensor) -> Tensor:
+        """What all ranks have whole, (B, S, E), as it goes into the blocks."""
+        return SplitSequence.apply(h, self.group) if self.sequence_parallel else h
+
+    def join(self, h: Tensor) -> Tensor:
+        """What comes out of the blocks, whole again."""
+        return JoinSequence.apply(h, self.group) if self.sequence_parallel else h
+
+    @contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        """Without sequence parallelism: for generation, whose sequences are too short to be cut."""
+        before, self.sequence_parallel = self.sequence_parallel, False
+        try:
+            yield
+        finally:
+            self.sequence_parallel = before
+
+
+class _Entrance:
+    """The way into column-parallel linears that read the same tensor: one collective for all of them."""
+
+    def __init__(self, tp: TensorParallel) -> None:
+        self.tp, self.users = tp, 0
+        self._source: Tensor | None = None
+        self._entered: Tensor | None = None
+        self._left = 0
+
+    def __call__(self, x: Tensor, cut_sequence: bool) -> Tensor:
+        if self._source is not x or self._entered is None:
+            kind = GatherSequence if cut_sequence and self.tp.sequence_parallel else Copy
+            self._source, self._entered, self._left = x, kind.apply(x, self.tp.group), self.users
+        entered = self._entered
+        self._left -= 1
+        if self._left <= 0:  # the last of them; keep nothing alive
+            self._source = self._entered = None
+        return entered
+
+
+class ColumnLinear(nn.Linear):
+    """A linear of which each rank computes a part of the outputs."""
+
+    entrance: _Entrance
+    cut_sequence: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, S, E), or (B, S / n, E) under sequence parallelism -> (B, S, this rank's outputs)."""
+        return F.linear(self.entrance(x, self.cut_sequence), self.weight, self.bias)
+
+
+class RowLinear(nn.Linear):
+    """A linear of which each rank has a part of the inputs; the partial products are summed."""
+
+    tp: TensorParallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, S, this rank's inputs) -> (B, S, E), or (B, S / n, E) under sequence parallelism."""
+        kind = ReduceScatterSequence if self.tp.sequence_parallel else Reduce
+        out: Tensor = kind.apply(F.linear(x, self.weight), self.tp.group)
+        return out if self.bias is None else out + self.bias
+
+
+class VocabularyEmbedding(nn.Embedding):
+    """An embedding of which each rank has the vectors of a part of the words."""
+
+    tp: TensorParallel
+    start: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        """ids (B, S) -> (B, S, E), whole on every rank."""
+        place = input - self.start
+        absent = (place < 0) | (place >= self.weight.shape[0])
+        vectors = F.embedding(place.masked_fill(absent, 0), self.weight)
+        summed: Tensor = Reduce.apply(vectors.masked_fill(absent.unsqueeze(-1), 0.0), self.tp.group)
+        return summed
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts the complete module on meta for one rank, and keeps the books of its shards."""
+
+    plan: ParallelPlan
+    tp: TensorParallel
+    grid: Grid
+
+    def cut(self, model: nn.Module, shards: dict[str, Shard]) -> None:
+        """Replace every linear and embedding that the plan names; `shards` of all parameters are updated.
+
+        Raises ConfigError where the sizes cannot be cut, PluginError where the plan names what cannot be.
+        """
+        self._check_heads()
+        done: dict[int, nn.Parameter] = {}  # a tied parameter is cut once
+        entrances: dict[str, _Entrance] = {}
+        for path, module in list(model.named_modules(remove_duplicate=False)):
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                name = f"{path}.{leaf}"
+                kind = self.kind(name)
+                if kind in ("columns", "rows", "embedding", "head") and not isinstance(
+                    module, nn.Linear | nn.Embedding
+                ):
+                    raise PluginError(
+                        f"the parallel plan cuts {name}, which belongs to a {type(module).__name__}; "
+                        "only nn.Linear and nn.Embedding can be cut"
+                    )
+            kind = self.kind(f"{path}.weight")
+            if kind in ("columns", "rows", "embedding", "head"):
+                made = self._replace(path, module, kind, shards, done, entrances)
+                owner, _, leaf = path.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, made)
+        for name, shard in shards.items():
+            shards[name] = self._whole(name, shard)
+
+    def kind(self, name: str) -> Kind | None:
+        """What the plan says of a parameter; None: nothing."""
+        for kind in ("whole", "partial", "head", "embedding", "columns", "rows"):
+            if any(fnmatchcase(name, pattern) for pattern in getattr(self.plan, kind)):
+                return kind  # type: ignore[return-value]
+        return None
+
+    def _check_heads(self) -> None:
+        plan, size = self.plan, self.tp.size
+        if plan.heads is not None and plan.heads % size:
+            raise ConfigError(f"tp_size {size} does not divide the model's {plan.heads} attention heads")
+        if plan.kv_heads is None or plan.kv_heads % size == 0:
+            return
+        if size % plan.kv_heads or not plan.keys_values:
+            why = "" if size % plan.kv_heads else ", and its parallel plan does not name them in keys_values"
+            raise ConfigError(
+                f"tp_size {size} does not fit the model's {plan.kv_heads} key-value heads: neither divides "
+                f"the other{why}" if size % plan.kv_heads else
+                f"tp_size {size} is above the model's {plan.kv_heads} key-value heads{why}"
+            )
+
+    def _whole(self, name: str, shard: Shard) -> Shard:
+        """Gradients of a parameter that every tp rank holds: partial sums where its inputs are cut."""
+        if shard.cuts or shard.copies > 1:
+            return shard
+        in_blocks = name.startswith("blocks.")
+        partial = self.kind(name) == "partial" or (in_blocks and self.tp.sequence_parallel)
+        return replace(shard, copies=self.tp.size, sums=(self.tp.group,) if partial else ())
+
+    def _replace(
+        self,
+        path: str,
+        module: nn.Module,
+        kind: Kind,
+        shards: dict[str, Shard],
+        done: dict[int, nn.Parameter],
+        entrances: dict[str, _Entrance],
+    ) -> nn.Module:
+        weight_name = f"{path}.weight"
+        if isinstance(module, nn.Embedding):
+            start, length = self.tp.part(module.num_embeddings)
+            weight = self._cut(weight_name, module.weight, 0, start, length, shards, done)
+            made = VocabularyEmbedding(length, module.embedding_dim, device="meta", dtype=weight.dtype)
+            made.weight, made.tp, made.start = weight, self.tp, start
+            return made
+        assert isinstance(module, nn.Linear)
+        if kind == "rows":
+            start, length = self.tp.part(module.in_features)
+            row = RowLinear(length, module.out_features, bias=False, device="meta")
+            row.weight = self._cut(weight_name, module.weight, 1, start, length, shards, done)
+            row.bias, row.tp = module.bias, self.tp
+            return row
+        start, length, copies = self._columns(path, module)
+        column = ColumnLinear(module.in_features, length, bias=False, device="meta")
+        column.weight = self._cut(weight_name, module.weight, 0, start, length, shards, done, copies)
+        if module.bias is not None:
+            column.bias = self._cut(f"{path}.bias", module.bias, 0, start, length, shards, done, copies)
+        owner = f"{path.rpartition('.')[0]}:{module.in_features}"
+        column.entrance = entrances.setdefault(owner, _Entrance(self.tp))
+        column.entrance.users += 1
+        column.cut_sequence = kind == "columns"  # the head reads what was joined before
+        return column
+
+    def _columns(self, path: str, module: nn.Linear) -> tuple[int, int, int]:
+        """(start, length, copies) of this rank's rows; key-value heads are repeated where there are few."""
+        kv_heads = self.plan.kv_heads
+        names_kv = any(fnmatchcase(f"{path}.weight", pattern) for pattern in self.plan.keys_values)
+        if kv_heads is None or kv_heads % self.tp.size == 0 or not names_kv:
+            return *self.tp.part(module.out_features), 1
+        copies = self.tp.size // kv_heads
+        width = module.out_features // kv_heads
+        return self.tp.rank // copies * width, width, copies
+
+    def _cut(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        dim: int,
+        start: int,
+        length: int,
+        shards: dict[str, Shard],
+        done: dict[int, nn.Parameter],
+        copies: int = 1,
+    ) -> nn.Parameter:
+        if id(parameter) in done:
+            return done[id(parameter)]
+        size = list(parameter.shape)
+        size[dim] = length
+        cut = nn.Parameter(
+            torch.empty(size, dtype=parameter.dtype, device="meta"), requires_grad=parameter.requires_grad
+        )
+        done[id(parameter)] = cut
+        shard = replace(shards[name], local=cut)
+        if copies == 1:
+            shards[name] = shard.cut(dim, start, self.tp.group)
+        else:
+            offsets = tuple(o + (start if d == dim else 0) for d, o in enumerate(shard.offsets))
+            sharing, heads = self.grid.sharing(copies)
+            cuts = () if heads is None else ((dim, heads),)
+            shards[name] = replace(shard, offsets=offsets, cuts=cuts, sums=(sharing,), copies=copies)
+        return cut
