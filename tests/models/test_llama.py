@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grouped": {"num_key_value_heads": 2},
     "multi_query": {"num_key_value_heads": 1},
     "head_dim": {"head_dim": 12, "num_key_value_heads": 2},
+    "five_heads": {"hidden_size": 100, "num_attention_heads": 5},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "tied": {"tie_word_embeddings": True},
     "gelu": {"hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-3},
@@ -246,3 +247,12 @@ def test_config_decides_dtype_and_provider(tiny_llama: Path) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     with pytest.raises(ConfigError, match="use_flash: true"):
         AutoModelForCausalLM.from_pretrained(tiny_llama, use_flash=True)
+
+
+def test_unknown_keys_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Many models call themselves LLaMA: a key that LLaMA does not have is told, not refused."""
+    config = SIZES | {"model_type": "llama", "rms_norm_epsilon": 1e-5, "use_cache": True, "pretraining_tp": 1}
+    with caplog.at_level(logging.WARNING):
+        LlamaForCausalLM.from_config(config)
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "rms_norm_epsilon" in warning and "have no effect" in warning
