@@ -93,7 +93,8 @@ def test_a_preempted_job_goes_on_to_the_same_losses(slurm: Cluster, folder: Path
     submitted = collie(folder, slurm.environ, "slurm", "run.yaml", *nodes, "train.epochs=10")
     number = submitted.stdout.strip()
     until(lambda: len(losses(out)) >= 5, lambda: f"{slurm.job(number)} {output(out)}")
-    urgent = slurm.call("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 2")
+    ask = ("-p", "urgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2")
+    urgent = slurm.call("sbatch", "--parsable", *ask)
     slurm.wait(urgent, "COMPLETED")
     until(lambda: slurm.job(number)["JobState"] == "PENDING", lambda: str(slurm.job(number)))
     slurm.call("scontrol", "update", f"JobId={number}", "StartTime=now")  # slurm would wait two minutes
