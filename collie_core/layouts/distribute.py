@@ -30,6 +30,7 @@ from collie_core.layouts.partition import partition
 from collie_core.layouts.stage import Stage
 from collie_core.layouts.tensor_parallel import Cutter, TensorParallel
 from collie_core.layouts.vocabulary import Vocabulary
+from collie_core.models.forward import model_context
 from collie_core.models.loading import Slots, load_pieces, match_weights, reset_buffers
 from collie_core.models.sources import open_source
 from collie_core.ops import Context
@@ -118,7 +119,7 @@ def _hidden(model: Any) -> tuple[int, torch.dtype]:
     device = next(model.parameters()).device
     ids = torch.zeros((1, 8), dtype=torch.int64, device=device)
     with torch.no_grad(), torch.device(device):
-        h: Tensor = model.embed(ids, Context.build(ids))
+        h: Tensor = model.embed(ids, model_context(model, Context.build(ids)))
     return h.shape[-1], h.dtype
 
 
