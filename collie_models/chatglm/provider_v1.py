@@ -126,7 +126,7 @@ class ChatGLMForCausalLM(Decoder):
 
     def next_positions(self, positions: Tensor) -> Tensor:
         """The same place, one further in the answer."""
-        return positions[..., -1:] + torch.tensor([[0], [1]], device=positions.device)
+        return positions[..., -1:] + torch.arange(2, device=positions.device).unsqueeze(1)
 
 
 def _records(ctx: Context) -> tuple[Tensor, int]:

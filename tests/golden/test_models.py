@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from collie_core import AutoModelForCausalLM
 from collie_core.models.causal_lm import run_blocks
 from collie_core.models.forward import model_context, parts
+from collie_core.models.weight_files import WeightReader
 from collie_core.ops import Context
 
 HERE = Path(__file__).parent
@@ -124,6 +126,18 @@ def test_agrees_with_the_original(case: str) -> None:
         if not ok
     ]
     assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_saves_the_originals_tensors(case: str, tmp_path: Path) -> None:
+    """Under the same names and byte for byte, but for tables that the original computes anew."""
+    source = WeightReader(HERE / "cases" / case)
+    [dtype] = {source.dtype(name) for name in source if source.dtype(name).is_floating_point}
+    AutoModelForCausalLM.from_pretrained(HERE / "cases" / case, dtype=dtype).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == {name for name in source if not name.endswith(("inv_freq", "causal_mask"))}
+    for name, tensor in saved.items():
+        assert tensor.dtype == dtype and torch.equal(tensor, source.get(name)), name
 
 
 def test_there_are_cases() -> None:
