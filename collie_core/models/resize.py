@@ -41,8 +41,8 @@ def resize_vocabulary(model: nn.Module, origin: Origin, size: int) -> None:
             owner.num_embeddings = size
         elif isinstance(owner, nn.Linear):
             owner.out_features = size
-    changed = {key: size for key in _CONFIG_KEYS if key in origin.hf_config}
-    origin.hf_config = origin.hf_config | changed
+    stated = [key for key in _CONFIG_KEYS if key in origin.hf_config] or _CONFIG_KEYS[:1]
+    origin.hf_config = origin.hf_config | dict.fromkeys(stated, size)
     origin.config = origin.provider.read_config(origin.hf_config)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from family_checkpoints import FAMILIES, write_checkpoint
 from collie_core import AutoModelForCausalLM
 from collie_core.cli.main import main
 from collie_core.errors import CheckpointError, ConfigError, UserError
+from collie_models.chatglm import ChatGLMForCausalLM
 from collie_models.chatglm.provider import ChatGLM2Provider
 from collie_models.chatglm.provider_v1 import ChatGLMProvider
 from collie_models.decoder.config import DecoderConfig
@@ -164,3 +167,39 @@ def test_another_vocabulary_size(make: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(again(ids).logits, model(ids).logits) and again(ids).logits.shape[-1] == 104
+
+
+def test_a_vocabulary_size_that_was_not_stated_is_afterwards(tmp_path: Path) -> None:
+    config = {key: value for key, value in CONFIG_2.items() if key != "padded_vocab_size"}
+    model = AutoModelForCausalLM.from_config(
+        {**config, "hidden_size": 8, "ffn_hidden_size": 8, "num_layers": 1}
+    )
+    model.resize_token_embeddings(100)
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path)(torch.arange(9)[None]).logits.shape == (1, 9, 100)
+
+
+CLASSES = {
+    "internlm": ("InternLM", "InternLMForCausalLM", "InternLM2", "InternLM2ForCausalLM"),
+    "moss": ("Moss", "MossForCausalLM"),
+    "chatglm": ("ChatGLM", "ChatGLMForCausalLM", "ChatGLM2ForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("family", sorted(CLASSES))
+def test_plugins_are_light_to_import_and_models_are_there(family: str) -> None:
+    names = ", ".join(CLASSES[family])
+    code = (
+        f"import sys, collie_models.{family} as m; assert m.{CLASSES[family][0]}.collie_api == 1; "
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; "
+        f"from collie_models.{family} import {names}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_class_takes_its_own_family_alone(tmp_path: Path) -> None:
+    checkpoint_1(tmp_path / "one")
+    checkpoint_2(tmp_path / "two")
+    assert type(ChatGLMForCausalLM.from_pretrained(tmp_path / "one")) is ChatGLMForCausalLM
+    with pytest.raises(ConfigError, match="describes a ChatGLM2ForCausalLM, not a ChatGLMForCausalLM"):
+        ChatGLMForCausalLM.from_pretrained(tmp_path / "two")
