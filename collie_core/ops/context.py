@@ -29,6 +29,7 @@ class Context:
     prefix: bool (B, K), true where every later or earlier token may look (prefix language models); or None.
     cache: keys and values of the layer that is running, or None.
     positions_given: a user chose the positions; false where they are counted.
+    key_positions: as `positions`, of all K keys where a cache holds some; else None.
     """
 
     input_ids: Tensor
@@ -38,6 +39,7 @@ class Context:
     prefix: Tensor | None = None
     cache: LayerCache | None = None
     positions_given: bool = False
+    key_positions: Tensor | None = None
     _shared: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -85,7 +87,9 @@ class Context:
             None if known is None else F.pad(known, (0, input_ids.shape[1]), value=value)
             for known, value in ((self.attention_mask, True), (self.prefix, False))
         )
-        return Context(input_ids, positions, attention_mask=mask, prefix=prefix)
+        before = self.positions if self.key_positions is None else self.key_positions
+        keys = torch.cat([before, positions], -1)
+        return Context(input_ids, positions, attention_mask=mask, prefix=prefix, key_positions=keys)
 
     def with_cache(self, cache: LayerCache) -> Context:
         """The same context (what is memoised too) for the layer that `cache` belongs to."""

@@ -17,6 +17,7 @@ class DecoderConfig:
     residual `parallel`: attention and MLP read the same norm and are added at once; `sequential`: MLP after
     attention, each with a norm of its own; `normed`: as that, but what is added to is the norm's output times
     residual_scale.  final_norm: a norm before the head.  max_positions: there are no more than these.
+    late_rotation: caches hold keys before their rotation, and all turn anew when the frequencies change.
     """
 
     vocab_size: int
@@ -41,6 +42,7 @@ class DecoderConfig:
     residual_scale: float = 1.0
     final_norm: bool = True
     max_positions: int | None = None
+    late_rotation: bool = False
     tie_embeddings: bool = False
     initializer_range: float = 0.02
     eos_token_id: int | tuple[int, ...] | None = None

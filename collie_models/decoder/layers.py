@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from collie_core.plugin import Scores
 from collie_models.decoder.config import DecoderConfig
+from collie_models.decoder.rotary import Rotary
 
 if TYPE_CHECKING:
     from collie_core.ops import Context, Ops
@@ -38,6 +40,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.rotary, self.attend = config.head_dim, config.rotary, ops.attention
         self.scores = Scores(window=config.window)
+        self.late_rotation = config.late_rotation
         q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
@@ -56,7 +59,12 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = self.rotary.angles(ctx)
-        q, k = self.rotary.rotate(q, cos, sin), self.rotary.rotate(k, cos, sin)
+        q = self.rotary.rotate(q, cos, sin)
+        if self.late_rotation and ctx.cache is not None and isinstance(self.rotary, Rotary):
+            k, v = ctx.cache.append(k, v)
+            ctx = replace(ctx, cache=None)
+            cos, sin = self.rotary.key_angles(ctx)
+        k = self.rotary.rotate(k, cos, sin)
         out: Tensor = self.o_proj(self.attend(q, k, v, ctx, scores=self.scores).transpose(1, 2).flatten(2))
         return out
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -39,6 +39,13 @@ class Rotary:
     def angles(self, ctx: Context) -> tuple[Tensor, Tensor]:
         """Cosine and sine, fp32 (B or 1, 1, S, dim / 2), shared by all blocks of a forward pass."""
         return ctx.memo("decoder.rotary", lambda: self._angles(ctx))
+
+    def key_angles(self, ctx: Context) -> tuple[Tensor, Tensor]:
+        """The same for all keys, those in a cache too, with the frequencies that hold by now."""
+        if ctx.key_positions is None:
+            return self.angles(ctx)
+        keys = replace(ctx, positions=ctx.key_positions)
+        return ctx.memo("decoder.rotary.keys", lambda: self._angles(keys))
 
     def _angles(self, ctx: Context) -> tuple[Tensor, Tensor]:
         frequencies = self.scaling.frequencies(self.dim, self.theta, ctx)

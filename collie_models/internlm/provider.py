@@ -15,6 +15,8 @@ from collie_models.decoder.llama_names import llama_weight_map
 from collie_models.decoder.model import Decoder
 from collie_models.decoder.provider import LlamaLikeProvider
 from collie_models.decoder.relatives import shared_keys
+from collie_models.decoder.rope_scaling import Dynamic
+from collie_models.decoder.rotary import Rotary
 from collie_models.decoder.transformers_keys import TRANSFORMERS_KEYS
 
 _KEYS = (
@@ -62,7 +64,9 @@ class InternLMProvider(LlamaLikeProvider):
                 f"num_key_value_heads: {kv_heads!r} is not supported: InternLM has as many as "
                 f"num_attention_heads ({heads})"
             )
-        return _with_bias(content)
+        config = _with_bias(content)
+        dynamic = isinstance(config.rotary, Rotary) and isinstance(config.rotary.scaling, Dynamic)
+        return replace(config, late_rotation=dynamic)
 
     def tokenizer(self, path: Path) -> Any:
         """The tokenizer in a folder; see `collie_models.internlm.tokenizer`."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from family_checkpoints import FAMILIES, VARIANTS, VOCAB
+from family_checkpoints import FAMILIES, VARIANTS, VOCAB, write_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -114,3 +114,22 @@ def test_half_precision_stays_near(family: str, dtype: torch.dtype, tmp_path: Pa
     assert found.dtype == dtype and set(seen) == {dtype}
     error = (found.float() - expected).norm() / expected.norm()
     assert error < (0.01 if dtype == torch.float16 else 0.06)
+
+
+def test_internlm_rotates_cached_keys_anew(tmp_path: Path) -> None:
+    """One layer: what is cached depends on no base, so each step is a whole pass over all tokens."""
+    family = FAMILIES["internlm"]
+    config = {**family.config, "num_hidden_layers": 1, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    stock = family.stock(config).eval()
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.3)
+    write_checkpoint(tmp_path, config, stock.state_dict())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids, mask = batch(60)
+    found = model.generate(ids, mask, max_new_tokens=12, eos_token_id=-1)
+    for end in range(60, 72):
+        whole = torch.nn.functional.pad(mask, (0, end - 60), value=1)
+        positions = (whole.cumsum(1) - 1).clamp(min=0)
+        logits = model(found[:, :end], whole, positions).logits[:, -1]
+        assert torch.equal(logits.argmax(-1), found[:, end]), end
