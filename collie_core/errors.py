@@ -7,7 +7,8 @@ the value, what was expected and the cure.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class CollieError(Exception):
@@ -46,6 +47,31 @@ class OutOfMemory(CollieError):
     """The run does not fit in memory."""
 
     exit_status = 3
+
+
+class Refusal(str):
+    """A problem of `collie_check` that knows the nearest combination that works.
+
+    As a text it is complete.  rule: the keys that do not go together; reason: why; instead: keys of the
+    config with the values to give them, such as {"layout.zero_stage": 0}; advice: the same in words.
+    """
+
+    def __new__(
+        cls, rule: str, reason: str, instead: Mapping[str, Any], advice: str, origin: str = ""
+    ) -> Refusal:
+        """origin: who refuses, in front of the text."""
+        made = super().__new__(cls, f"{f'{origin}: ' if origin else ''}{rule}: {reason}; {advice}")
+        made.rule, made.reason, made.instead, made.advice = rule, reason, dict(instead), advice
+        return made
+
+    rule: str
+    reason: str
+    instead: dict[str, Any]
+    advice: str
+
+    def of(self, origin: str) -> Refusal:
+        """The same, said by `origin`."""
+        return Refusal(self.rule, self.reason, self.instead, self.advice, origin)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -115,8 +115,9 @@ class Optimizer(Protocol):
     def update(self, name: str, parameter: nn.Parameter, gradient: Tensor, finite: Tensor) -> None:
         """(in_backward only) Update one parameter with its complete gradient, summed over micro-batches
         and ranks.  Both are this rank's part where a layout cuts parameters; `ParameterGroup.shard(name)`
-        says which part, for statistics and noise over the whole.  `finite` is a 0-d bool tensor on the gradient's device: where it is false neither the
-        parameter nor any state may change; select with `torch.where`, never ask the host."""
+        says which part, for statistics and noise over the whole.  `finite` is a 0-d bool tensor on the
+        gradient's device: where it is false neither the parameter nor any state may change; select with
+        `torch.where`, never ask the host."""
 
     def step(self, lr: float) -> None:
         """(not in_backward) Update every parameter from its `.grad`, already unscaled and clipped."""
@@ -239,7 +240,15 @@ def collie_monitor(run: Run) -> Monitor:  # type: ignore[empty-body]
 # ---------------------------------------------------------------- asked of every selected plugin
 @hookspec
 def collie_check(run: Run) -> Sequence[str]:  # type: ignore[empty-body]
-    """Problems: what this plugin cannot serve in this run; asked before anything is allocated or written."""
+    """Problems: what this plugin cannot serve in this run; asked before anything is allocated or written.
+
+    One that is a `collie_core.plugin.Refusal` also says what works instead, for `config check --explain`.
+    """
+
+
+@hookspec
+def collie_explain(run: Run) -> Mapping[str, str]:  # type: ignore[empty-body]
+    """What this plugin does in this run, text by topic, for `config check --explain`."""
 
 
 # ---------------------------------------------------------------- lifecycle, told to every selected plugin

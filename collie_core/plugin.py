@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from collie_core.errors import CheckpointError, ConfigError, DataError, PluginError, RunFailed, nearest
+from collie_core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    PluginError,
+    Refusal,
+    RunFailed,
+    nearest,
+)
 from collie_core.hookspecs import Adapter, Layout, ModelProvider, Monitor, Optimizer, hookimpl
 from collie_core.models.causal_lm import CausalLM
 from collie_core.models.weight_map import (
@@ -41,11 +49,13 @@ __all__ = [
     "ParameterGroup",
     "Piece",
     "PluginError",
+    "Refusal",
     "Relative",
     "Rename",
     "Run",
     "RunFailed",
     "Scores",
+    "Shard",
     "Split",
     "Transpose",
     "WeightRule",

@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 
+from collie_core.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
@@ -18,6 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("config", help="YAML file")
         action.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
         action.add_argument("--json", action="store_true", help="print JSON")
+        if name == "check":
+            action.add_argument(
+                "--explain",
+                action="store_true",
+                help="say what each process holds, or why the combination is refused and what works instead",
+            )
     text = "print a JSON schema of the config, with the options of the installed plugins"
     actions.add_parser("schema", help=text, description=text)
 
@@ -31,6 +39,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from collie_core.config.load import load_config
 
+    if args.action == "check" and args.explain:
+        from collie_core.train.explain import explain
+
+        explanation = explain(args.config, args.overrides)
+        print(json.dumps(explanation.to_mapping()) if args.json else "\n".join(explanation.lines()))
+        return UserError.exit_status if explanation.refused else 0
     config = load_config(args.config, args.overrides)
     if args.action == "check":
         from collie_core.train.setup import check_run

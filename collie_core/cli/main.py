@@ -95,7 +95,11 @@ def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
     try:  # lets options stand between `CONFIG` and `key.path=value`
         return parser.parse_intermixed_args(arguments)
     except TypeError:  # the command has actions, which argparse does not mix
-        return parser.parse_args(arguments)
+        parsed, rest = parser.parse_known_args(arguments)
+        if not hasattr(parsed, "overrides") or any(word.startswith("-") for word in rest):
+            return parser.parse_args(arguments)
+        parsed.overrides += rest
+        return parsed
 
 
 def _usage() -> str:

@@ -48,6 +48,13 @@ class NativeLayoutPlugin:
             """Stretches of blocks of a rank."""
             return self.pp_stretches if self.pp_schedule == "interleaved" and pp_size > 1 else 1
 
+        def micro_batches(self, rows: int, micro_batch_size: int, pp_size: int) -> int:
+            """Pieces of a rank's `rows` of a step; only as many as it has rows are made."""
+            pieces = -(-rows // micro_batch_size)
+            if pp_size == 1:
+                return pieces
+            return max(pp_size, pieces) if self.pp_microbatches == "auto" else self.pp_microbatches
+
         def shards_parameters(self, dp_size: int) -> bool:
             """True where FSDP2 holds the parameters."""
             return (self.zero_stage > 0 and dp_size > 1) or self.offload == "cpu"
@@ -60,7 +67,14 @@ class NativeLayoutPlugin:
         """What the sizes and options cannot do together."""
         from collie_core.layouts.rules import refusals
 
-        return refusals(run.config, self.options)
+        return list(refusals(run.config, self.options))
+
+    @hookimpl
+    def collie_explain(self, run: Run) -> Mapping[str, str]:
+        """What each rank holds."""
+        from collie_core.layouts.explain import held
+
+        return held(run.config, self.options)
 
     @hookimpl
     def collie_layout(self, run: Run) -> Layout:
@@ -158,10 +172,7 @@ class NativeLayout:
     def count_micro_batches(self, rows: int) -> int:
         """Pieces of a rank's `rows` of a step; only as many as it has rows are made."""
         size = self.run.config.train.micro_batch_size
-        wanted = self.options.pp_microbatches
-        if self.grid.pp.size == 1:
-            return -(-rows // size)
-        return max(self.grid.pp.size, -(-rows // size)) if wanted == "auto" else wanted
+        return self.options.micro_batches(rows, size, self.grid.pp.size)
 
     # ------------------------------------------------------------ a step
     def train_step(self, step_batch: StepBatch, lr: float) -> dict[str, float]:

@@ -14,6 +14,7 @@ from functools import cache
 from types import GenericAlias
 from typing import TYPE_CHECKING, Any
 
+from collie_core.errors import Refusal
 from collie_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -60,11 +61,17 @@ class TorchOptimizerPlugin:
             self.torch_class([torch.nn.Parameter(torch.zeros(1))], **dataclasses.asdict(self.options))
         except ValueError as error:
             return [f"optimizer: torch's {type(self).__name__} refuses its options: {error}"]
-        cut = run.config.tp_size > 1 or (run.config.dp_size > 1 and run.config.layout.options.get("zero_stage"))
-        if cut and not self.elementwise:
+        zero = run.config.dp_size > 1 and run.config.layout.options.get("zero_stage")
+        if not self.elementwise and (zero or run.config.tp_size > 1):
+            instead = {"tp_size": 1} if run.config.tp_size > 1 else {}
             return [
-                f"optimizer: {section.name} needs every parameter whole; set tp_size to 1 and layout.zero_stage "
-                "to 0, or take an optimizer that works on each element by itself, such as adamw"
+                Refusal(
+                    "optimizer with tp_size or layout.zero_stage",
+                    f"{section.name} needs every parameter whole",
+                    {**instead, "layout.zero_stage": 0} if zero else instead,
+                    "set tp_size to 1 and layout.zero_stage to 0, or take an optimizer that works on each "
+                    "element by itself, such as adamw",
+                )
             ]
         return []
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from collie_core import hookspecs
-from collie_core.errors import CollieError, PluginError
+from collie_core.errors import CollieError, PluginError, Refusal
 from collie_core.registry.contract import hook_marks, hook_problem
 from collie_core.registry.discovery import PluginInfo
 from collie_core.registry.registry import Registry, describe_error, make_instance
@@ -120,8 +120,23 @@ class RunPlugins:
                 texts = [answer] if isinstance(answer, str) else answer
                 if not isinstance(texts, list | tuple):
                     raise PluginError(f"{plugin.label}: collie_check returned {answer!r}, no list of texts")
-                problems += [f"{plugin.label}: {text}" for text in texts]
+                problems += [
+                    text.of(plugin.label) if isinstance(text, Refusal) else f"{plugin.label}: {text}"
+                    for text in texts
+                ]
         return problems
+
+    def explain(self, run: Run) -> dict[str, Mapping[str, str]]:
+        """What the selected plugins say of this run, by the plugin's label."""
+        said: dict[str, Mapping[str, str]] = {}
+        for plugin, implementation in self._implementations("collie_explain"):
+            if implementation.wrapper:
+                continue
+            with _origin_noted(plugin):
+                answers = self._caller(plugin, "collie_explain")(run=run)
+            for answer in answers:
+                said[plugin.label] = {**said.get(plugin.label, {}), **answer}
+        return said
 
     def broadcast(self, hook: str, **arguments: Any) -> None:
         """Tell every selected plugin of a lifecycle event, in the order of the config.

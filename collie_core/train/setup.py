@@ -58,6 +58,12 @@ def select_plugins(config: CollieConfig, plugins: RunPlugins) -> None:
 
 def check_run(config: CollieConfig) -> list[str]:
     """What `collie config check` does: the config, its plugins and their own checks; returns their names."""
+    refuse(checked_plugins(config)[2])
+    return [f"{kind} {section.name}" for kind, _, section in sections(config)]
+
+
+def checked_plugins(config: CollieConfig) -> tuple[Run, RunPlugins, list[str]]:
+    """The plugins that a config selects, a run to ask them about, and what they cannot serve in it."""
     import torch
 
     from collie_core.run import Run
@@ -65,8 +71,8 @@ def check_run(config: CollieConfig) -> list[str]:
     check_config(config, config.dp_size * config.tp_size * config.pp_size)
     plugins = RunPlugins(Registry())
     select_plugins(config, plugins)
-    refuse(plugins.check(Run(config, Path(config.output_dir), torch.device("cpu"))))
-    return [f"{kind} {section.name}" for kind, _, section in sections(config)]
+    run = Run(config, Path(config.output_dir), torch.device("cpu"))
+    return run, plugins, plugins.check(run)
 
 
 def refuse(problems: list[str]) -> None:

@@ -1,0 +1,107 @@
+"""What each rank of the native layout holds under a config, in words and numbers; nothing is allocated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from collie_core.config.checks import accumulation_steps
+
+if TYPE_CHECKING:
+    from collie_core.config.schema import CollieConfig
+    from collie_core.layouts.native import NativeLayoutPlugin
+
+    Options = NativeLayoutPlugin.Options
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def held(config: CollieConfig, options: Options) -> dict[str, str]:
+    """Text by topic: processes, weights, gradients, optimizer states, and the pipeline's micro-batches."""
+    cut = _cut(config, options)
+    said = {
+        "processes": f"dp_size {config.dp_size} x tp_size {config.tp_size} x pp_size {config.pp_size} = "
+        f"{config.dp_size * config.tp_size * config.pp_size}",
+        "weights": _weights(config, options),
+        "gradients": _gradients(config, options),
+        "optimizer states": "of the weights that this rank keeps between steps"
+        + (f", about 1/{cut} of all" if cut > 1 else ""),
+    }
+    if config.pp_size > 1:
+        said["pipeline"] = _pipeline(config, options)
+    if options.offload == "cpu":
+        said["offload"] = "weights, gradients and states are in host memory; weights visit the device"
+    return said
+
+
+def _cut(config: CollieConfig, options: Options) -> int:
+    """Ranks among which a matrix is cut between steps."""
+    zero = options.zero_stage > 0
+    return config.tp_size * config.pp_size * (config.dp_size if zero else 1)
+
+
+def _figure(unit: str, value: float) -> str:
+    return f" ({value:.3g} {unit})"
+
+
+def _weights(config: CollieConfig, options: Options) -> str:
+    parts = ["all of the model" if config.pp_size == 1 else f"those of one of {config.pp_size} stages"]
+    if config.tp_size > 1:
+        parts.append(f"1/{config.tp_size} of every matrix that the model's plan cuts, the rest whole")
+    if options.zero_stage > 0 and config.dp_size > 1:
+        if options.zero_stage == 3:
+            gathered = "a block is gathered each time it runs"
+        else:
+            gathered = "all are gathered from the forward to the end of the backward pass"
+        parts.append(f"of this 1/{config.dp_size} (zero_stage {options.zero_stage}); {gathered}")
+    size = _BYTES[config.model.dtype] / _cut(config, options)
+    return ", ".join(parts) + _figure("bytes for each parameter of the model, between steps", size)
+
+
+def _gradients(config: CollieConfig, options: Options) -> str:
+    batches = micro_batches(config, options)
+    low = config.model.dtype != "float32"
+    whole = config.tp_size * config.pp_size
+    width = 4 if low and batches > 1 else _BYTES[config.model.dtype]
+    if options.zero_stage == 0 or config.dp_size == 1:
+        text = "of the weights that this rank holds"
+        share = whole
+        if config.dp_size > 1:
+            text += f", summed over {config.dp_size} ranks at the last micro-batch"
+    elif options.zero_stage == 1 or config.pp_size > 1:
+        text = f"whole until the last micro-batch, then 1/{config.dp_size}"
+        share = whole * config.dp_size
+    else:
+        text = f"1/{config.dp_size}, and whole ones of the block that runs"
+        share = whole * config.dp_size
+    text += "; an optimizer that updates in the backward pass frees each at once"
+    if batches > 1:
+        text += ", here after the last of several micro-batches"
+    return text + _figure("bytes for each parameter of the model, at the update", width / share)
+
+
+def micro_batches(config: CollieConfig, options: Options) -> int:
+    """Micro-batches of a full step on one rank."""
+    rows = config.train.micro_batch_size * accumulation_steps(config)
+    return min(rows, options.micro_batches(rows, config.train.micro_batch_size, config.pp_size))
+
+
+def _pipeline(config: CollieConfig, options: Options) -> str:
+    from collie_core.layouts.pipeline import actions
+
+    rows = config.train.micro_batch_size * accumulation_steps(config)
+    count, chunks, ranks = micro_batches(config, options), options.chunks(config.pp_size), config.pp_size
+    alive = []
+    for rank in range(ranks):
+        now = most = 0
+        for action in actions(options.pp_schedule, ranks, rank, chunks, count):
+            now += 1 if action.forward else -1
+            most = max(most, now)
+        alive.append(str(most))
+    least, more = divmod(rows, count)
+    idle = (ranks - 1) / (chunks * count + ranks - 1)
+    stretches = f", each through {chunks} stretches of blocks a rank" if chunks > 1 else ""
+    return (
+        f"{options.pp_schedule}: {rows} rows a rank and step in {count} micro-batches of "
+        f"{least if not more else f'{least} to {least + 1}'} rows{stretches}; activations of at most "
+        f"{', '.join(alive)} of them on ranks 0 to {ranks - 1}; about {idle:.0%} of the time idle"
+    )
