@@ -122,8 +122,8 @@ class Optimizer(Protocol):
     def step(self, lr: float) -> None:
         """(not in_backward) Update every parameter from its `.grad`, already unscaled and clipped."""
 
-    def state_dict(self) -> Mapping[str, Tensor | Piece]:
-        """State tensors under flat names `<parameter name>.<state>`; live tensors, not copies.
+    def state_dict(self) -> Mapping[str, Any]:
+        """State tensors (or pieces) under flat names `<parameter name>.<state>`; live tensors, not copies.
 
         One of the shape of its parameter is cut like it; of any other that is cut, `Shard.piece` says how."""
 

@@ -50,8 +50,8 @@ def from_first(action: Callable[[], T], group: ProcessGroup | None = None) -> T:
     dist.broadcast_object_list(shared, 0, group=group)
     result, error = shared[0]
     _raise_first(outcome[1], [error])
-    result = outcome[0] if dist.get_rank() == 0 else result
-    return result  # type: ignore[no-any-return]
+    found: Any = outcome[0] if dist.get_rank() == 0 else result
+    return found
 
 
 def from_first_on_node(action: Callable[[], T], group: ProcessGroup | None = None) -> T:
@@ -63,7 +63,7 @@ def from_first_on_node(action: Callable[[], T], group: ProcessGroup | None = Non
     everyone = gather(outcome, group)
     _raise_first(outcome[1], [error for _, error in everyone])
     result: Any = everyone[dist.get_rank() - local_rank][0]
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def highest(values: Sequence[float], group: ProcessGroup | None = None) -> list[float]:

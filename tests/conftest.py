@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,4 +100,63 @@ def data_file(tmp_path: Path, records: list[dict[str, str]]) -> Path:
     """The records as a JSON-lines file."""
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_llama(
+    tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callable[[], object]
+) -> Callable[..., Path]:
+    """Makes folders of random LLaMAs of four layers."""
+    made: dict[str, Path] = {}
+
+    def make(**changes: Any) -> Path:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        key = json.dumps(changes, sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("llama")
+            torch.manual_seed(0)
+            sizes: dict[str, Any] = {
+                "vocab_size": 320,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 256,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "pad_token_id": 0,
+                "tie_word_embeddings": False,
+            }
+            LlamaForCausalLM(LlamaConfig(**(sizes | changes))).save_pretrained(folder)
+            make_tokenizer().save_pretrained(folder)  # type: ignore[attr-defined]
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, str]]) -> Path:
+    """The records as a JSON-lines file."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="session")
+def token_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of tokens below 240, of uneven length, with a prompt that is not trained."""
+    import torch
+
+    path = tmp_path_factory.mktemp("data") / "tokens.jsonl"
+    generator = torch.Generator().manual_seed(1)
+    lines = []
+    for number in range(40):
+        tokens = torch.randint(4, 240, (9 + number,), generator=generator).tolist()
+        lines.append(json.dumps({"tokens": tokens, "labels": [-100] * 4 + tokens[4:]}))
+    path.write_text("\n".join(lines) + "\n")
     return path

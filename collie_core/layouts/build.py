@@ -1,4 +1,4 @@
-"""From a provider to a module that runs: meta, adapters, trainable patterns, and on one process the weights."""
+"""From a provider to a module that runs: meta, adapters, trainable patterns; on one process the weights."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class GradientFlow:
         return (self._world.sum(total) if self._world is not None else total).sqrt()
 
     def kept(self) -> list[tuple[str, nn.Parameter, Tensor]]:
-        """(name, this rank's part, its gradient) of every gradient that "keep" kept, in `.grad` of the part."""
+        """(name, this rank's part, its gradient) of what "keep" kept, in `.grad` of the part."""
         return [
             (name, shard.local, shard.local.grad)
             for name, shard in self.shards.items()

@@ -103,7 +103,7 @@ class Grid:
         return self._sharing[copies]
 
     def data_mesh(self) -> DeviceMesh:
-        """The data-parallel ranks as a one-dimensional mesh; made when it is first asked for, by all ranks."""
+        """The data-parallel ranks as a mesh; made when it is first asked for, by all ranks together."""
         from torch.distributed.device_mesh import DeviceMesh
 
         if self.mesh is None:

@@ -28,10 +28,10 @@ class NativeLayoutPlugin:
     class Options:
         """Keys of `layout:`.
 
-        zero_stage: what data-parallel ranks share: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too.
-        pp_partition: blocks of each pipeline stage: balanced by parameters, as many for each, or their numbers.
-        pp_microbatches: pieces of a rank's step batch in the pipeline; auto: of micro_batch_size rows, at least
-        pp_size.  pp_stretches: stretches of blocks a rank has under the schedule `interleaved`.
+        zero_stage: what data-parallel ranks share: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights
+        too.  pp_partition: blocks of each pipeline stage: balanced by parameters, as many for each, or their
+        numbers.  pp_microbatches: pieces of a rank's step batch in the pipeline; auto: of micro_batch_size
+        rows, at least pp_size.  pp_stretches: stretches of blocks a rank has under `interleaved`.
         sequence_parallel: cut activations between tensor-parallel layers; auto: yes.
         offload: `cpu` keeps weights, gradients and optimizer states in host memory.
         """

@@ -95,9 +95,11 @@ class _Measured:
 
     def _choose(self, h: Tensor, context: Context) -> int:
         kept: dict[int, int] = {}
-        weights = {p.untyped_storage().data_ptr() for p in self.blocks[0].parameters()}
+        weights: set[int] = set()
 
         def count(tensor: Tensor) -> Tensor:
+            if not weights:  # within the forward pass, where sharded weights are whole
+                weights.update(p.untyped_storage().data_ptr() for p in self.blocks[0].parameters())
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
                 kept[storage.data_ptr()] = storage.nbytes()

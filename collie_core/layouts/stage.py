@@ -90,7 +90,7 @@ class Stage(nn.Module):
         return whole // self._multiple
 
     def next_logits(self, ids: Tensor, ctx: Context, cache: KVCache, h: Tensor | None = None) -> Tensor:
-        """Logits (B, V) after the last position where the head is here, else the hidden output; no gradient."""
+        """Logits (B, V) after the last position where the head is here, else the hidden output."""
         if self.embed is not None:
             h = self.embed(ids, ctx)
         assert h is not None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def state_of(layout: NativeLayout) -> dict[str, Tensor | Piece]:
-    """`model.*`, `optimizer.*` and `layout.*`: live tensors of this rank, and pieces of those that are cut."""
+    """`model.*`, `optimizer.*`, `layout.*`: live tensors of this rank, and pieces of those that are cut."""
     placed = layout.placed
     state: dict[str, Tensor | Piece] = {
         f"model.{name}": shard.piece(shard.local.detach()) for name, shard in placed.shards.items()
@@ -87,7 +87,10 @@ def full_tensors(layout: NativeLayout) -> Iterator[tuple[str, Tensor]]:
         for name in placed.whole_shapes:
             yield name, _local(local[name])
         return
-    boxes = {name: (_offsets(value), tuple(_local(value).shape), _local(value).dtype) for name, value in local.items()}
+    boxes = {
+        name: (_offsets(value), tuple(_local(value).shape), _local(value).dtype)
+        for name, value in local.items()
+    }
     everyone: list[dict[str, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]] = [
         {} for _ in range(grid.world.size)
     ]

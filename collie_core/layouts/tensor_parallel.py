@@ -144,7 +144,7 @@ class Cutter:
         done: dict[int, nn.Parameter] = {}  # a tied parameter is cut once
         entrances: dict[str, _Entrance] = {}
         for path, module in list(model.named_modules(remove_duplicate=False)):
-            for leaf, parameter in list(module.named_parameters(recurse=False)):
+            for leaf, _ in list(module.named_parameters(recurse=False)):
                 name = f"{path}.{leaf}"
                 kind = self.kind(name)
                 if kind in ("columns", "rows", "embedding", "head") and not isinstance(
@@ -166,7 +166,7 @@ class Cutter:
         """What the plan says of a parameter; None: nothing."""
         for kind in ("whole", "partial", "head", "embedding", "columns", "rows"):
             if any(fnmatchcase(name, pattern) for pattern in getattr(self.plan, kind)):
-                return kind  # type: ignore[return-value]
+                return kind
         return None
 
     def _check_heads(self) -> None:
@@ -238,7 +238,7 @@ class Cutter:
     def _cut(
         self,
         name: str,
-        parameter: nn.Parameter,
+        parameter: Tensor,
         dim: int,
         start: int,
         length: int,

@@ -123,7 +123,7 @@ class WeightReader:
                 out.copy_(flat)
 
     def read_box(self, name: str, box: tuple[slice, ...], out: Tensor) -> None:
-        """Read a box of the tensor (with a start and a stop in every dimension) into `out`, casting on the way.
+        """Read a box of the tensor (start and stop in every dimension) into `out`, casting on the way.
 
         No other rows are read, and of their columns a few MiB at a time.
         """

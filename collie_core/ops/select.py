@@ -27,7 +27,7 @@ class Ops:
         return dict(self.names)
 
     def for_vocabulary(self, loss: SummedLoss, width: int) -> Ops:
-        """The same for a head that gives a part of the words: `loss` of its logits, `width` of them at most."""
+        """The same for a head that gives a part of the words, `width` at most: `loss` of its logits."""
         return replace(self, linear_cross_entropy=partial(self.linear_cross_entropy, loss=loss, width=width))
 
 

@@ -250,7 +250,8 @@ def _open_model(trainer: Trainer, run: Run, plugins: RunPlugins) -> ModelProvide
 
     section = run.config.model
     origin = getattr(trainer.model, "origin", None)
-    given = origin.path if origin is not None and next(trainer.model.parameters()).is_meta else None
+    without_weights = trainer.model is not None and next(trainer.model.parameters()).is_meta
+    given = origin.path if origin is not None and without_weights else None
     selected = select_provider(
         given or section.path, provider=section.provider, revision=section.revision, plugins=plugins, run=run
     )

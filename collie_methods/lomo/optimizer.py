@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from collie_methods.lomo import rules
 
 if TYPE_CHECKING:
     from collie_core.data.batch import StepBatch
-    from collie_core.shard import Piece, Shard
+    from collie_core.shard import Shard
 
 
 class FusedOptimizer:
@@ -65,7 +65,7 @@ class FusedOptimizer:
         """Never called: the updates are in the backward pass."""
         raise NotImplementedError(f"{type(self).__name__} updates in the backward pass, not in step()")
 
-    def state_dict(self) -> Mapping[str, Tensor | Piece]:
+    def state_dict(self) -> dict[str, Any]:
         """No state."""
         return {}
 
@@ -130,7 +130,7 @@ class AdaLomoOptimizer(FusedOptimizer):
         rate, decay = rules.rates(weight, update, self.lr * group.lr_scale, group.weight_decay, shard)
         descend(weight, update, self._noise(shard), finite=finite, rate=rate, decay=decay)
 
-    def state_dict(self) -> Mapping[str, Tensor | Piece]:
+    def state_dict(self) -> dict[str, Any]:
         """`<name>.<state>`: the live tensors, or this rank's pieces of them."""
         return {
             f"{name}.{key}": self.shards[name].piece(value, _dimensions(key, value))

@@ -212,7 +212,7 @@ def test_bfloat16_adamw_keeps_up_with_fp32(tmp_path: Path) -> None:
             model["w"].grad = gradient.bfloat16().to(dtype)
             optimizer.step(lr)
             run.step += 1
-        return model["w"].detach().float() - 1, optimizer.state_dict()
+        return model["w"].detach().float() - 1, dict(optimizer.state_dict())
 
     moved, state = trained(torch.bfloat16)
     expected, reference = trained(torch.float32)
