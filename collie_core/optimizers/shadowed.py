@@ -39,6 +39,8 @@ class ShadowedOptimizer:
     fp32 parameters share one torch optimizer.  Each bf16 or fp16 parameter has its own, over an fp32 shadow
     that holds values only while this parameter is updated; states are fp32.  The noise of bf16 rounding is
     that of step `run.step + 1`.
+
+    torch_class, groups and options are the recipe, for a layout that updates flat parts of parameters itself.
     """
 
     in_backward = False
@@ -50,7 +52,7 @@ class ShadowedOptimizer:
         options: Mapping[str, Any],
         run: Run,
     ) -> None:
-        self.run = run
+        self.run, self.torch_class, self.groups, self.options = run, torch_class, groups, options
         self.parts: list[_Part] = []
         plain_groups: list[dict[str, Any]] = []
         plain_names: list[str] = []
