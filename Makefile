@@ -45,6 +45,7 @@ docs: setup
 	$(BIN)/python tools/known_plugins.py
 	$(BIN)/python tools/hook_tables.py
 	$(BIN)/python tools/config_table.py
+	$(BIN)/python tools/layout_tables.py
 
 clean:
 	rm -rf dist build .mypy_cache .ruff_cache .pytest_cache "$(VENV)"

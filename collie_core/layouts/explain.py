@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     Options = NativeLayoutPlugin.Options
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def held(config: CollieConfig, options: Options) -> dict[str, str]:
@@ -26,6 +26,7 @@ def held(config: CollieConfig, options: Options) -> dict[str, str]:
         "optimizer states": "of the weights that this rank keeps between steps"
         + (f", about 1/{cut} of all" if cut > 1 else ""),
     }
+    said["updates inside the backward pass"] = _fused(config, options)
     if config.pp_size > 1:
         said["pipeline"] = _pipeline(config, options)
     if options.offload == "cpu":
@@ -39,8 +40,9 @@ def _cut(config: CollieConfig, options: Options) -> int:
     return config.tp_size * config.pp_size * (config.dp_size if zero else 1)
 
 
-def _figure(unit: str, value: float) -> str:
-    return f" ({value:.3g} {unit})"
+def _bytes(value: float) -> str:
+    """For a text's end; of the whole model's parameters, so that ranks can be compared."""
+    return f" ({value:.3g} bytes per parameter of the model)"
 
 
 def _weights(config: CollieConfig, options: Options) -> str:
@@ -53,30 +55,31 @@ def _weights(config: CollieConfig, options: Options) -> str:
         else:
             gathered = "all are gathered from the forward to the end of the backward pass"
         parts.append(f"of this 1/{config.dp_size} (zero_stage {options.zero_stage}); {gathered}")
-    size = _BYTES[config.model.dtype] / _cut(config, options)
-    return ", ".join(parts) + _figure("bytes for each parameter of the model, between steps", size)
+    return ", ".join(parts) + _bytes(_WIDTH[config.model.dtype] / _cut(config, options))
 
 
 def _gradients(config: CollieConfig, options: Options) -> str:
-    batches = micro_batches(config, options)
-    low = config.model.dtype != "float32"
-    whole = config.tp_size * config.pp_size
-    width = 4 if low and batches > 1 else _BYTES[config.model.dtype]
+    """At the update; sums over micro-batches or ranks are in fp32."""
+    several, width = micro_batches(config, options) > 1, _WIDTH[config.model.dtype]
     if options.zero_stage == 0 or config.dp_size == 1:
         text = "of the weights that this rank holds"
-        share = whole
         if config.dp_size > 1:
             text += f", summed over {config.dp_size} ranks at the last micro-batch"
+        width = 4 if several or config.dp_size > 1 else width
     elif options.zero_stage == 1 or config.pp_size > 1:
         text = f"whole until the last micro-batch, then 1/{config.dp_size}"
-        share = whole * config.dp_size
     else:
         text = f"1/{config.dp_size}, and whole ones of the block that runs"
-        share = whole * config.dp_size
-    text += "; an optimizer that updates in the backward pass frees each at once"
-    if batches > 1:
-        text += ", here after the last of several micro-batches"
-    return text + _figure("bytes for each parameter of the model, at the update", width / share)
+        width = 4 if several else width
+    return text + _bytes(width / _cut(config, options))
+
+
+def _fused(config: CollieConfig, options: Options) -> str:
+    if options.offload == "cpu":
+        return "after the backward pass: gradients are on their way to host memory until then"
+    if micro_batches(config, options) > 1:
+        return "after the last of several micro-batches; gradients are kept until then"
+    return "each gradient is freed at once, unless the norm is wanted in one pass"
 
 
 def micro_batches(config: CollieConfig, options: Options) -> int:

@@ -1,4 +1,4 @@
-"""What the native layout refuses, as one table: errors, `config check --explain` and docs are made from it."""
+"""What the native layout refuses, as one table: errors, `config check --explain` and docs come from it."""
 
 from __future__ import annotations
 
