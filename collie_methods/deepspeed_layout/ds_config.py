@@ -1,4 +1,4 @@
-"""The config that DeepSpeed is given: what follows from the run's own keys, with the user's `ds_config` merged in.
+"""The config that DeepSpeed is given: what follows from the run's own keys, over the user's `ds_config`.
 
 Keys that the run settles must agree with it: DeepSpeed would otherwise train something else without a word
 (its own `gradient_clipping`, left out, is 1.0).  https://www.deepspeed.ai/docs/config-json/ has all keys.
@@ -68,8 +68,8 @@ def problems(config: CollieConfig, options: DeepSpeedLayoutPlugin.Options) -> li
         if key == "optimizer":
             name = value.get("type", value) if isinstance(value, Mapping) else value
             found.append(
-                f"layout.ds_config: optimizer {name!r} stands against optimizer.name {config.optimizer.name!r}, "
-                "which is what trains; leave it out of ds_config"
+                f"layout.ds_config: optimizer {name!r} stands against optimizer.name "
+                f"{config.optimizer.name!r}, which is what trains; leave it out of ds_config"
             )
         elif key in _ELSEWHERE:
             own = _ELSEWHERE[key]
@@ -84,8 +84,9 @@ def problems(config: CollieConfig, options: DeepSpeedLayoutPlugin.Options) -> li
         theirs = _at(given, path)
         if theirs not in (None, AUTO) and theirs != ours:
             found.append(
-                f"layout.ds_config: {'.'.join(path)} {json.dumps(theirs)} contradicts {own_keys['.'.join(path)]}, "
-                f"which makes it {json.dumps(ours)}; leave it out, write {json.dumps(AUTO)}, or make both agree"
+                f"layout.ds_config: {'.'.join(path)} {json.dumps(theirs)} contradicts "
+                f"{own_keys['.'.join(path)]}, which makes it {json.dumps(ours)}; leave it out, "
+                f"write {json.dumps(AUTO)}, or make both agree"
             )
     return found
 
@@ -114,10 +115,11 @@ def _force_cpu_optimizer(options: DeepSpeedLayoutPlugin.Options) -> Any:
 def _settled(config: CollieConfig, options: DeepSpeedLayoutPlugin.Options) -> dict[str, Any]:
     """DeepSpeed's keys that follow from the run's."""
     micro, accumulation = config.train.micro_batch_size, accumulation_steps(config)
+    weights_too = options.offload == "cpu" and options.zero_stage == 3
     zero: dict[str, Any] = {
         "stage": options.zero_stage,
         "offload_optimizer": {"device": "none" if options.offload == "none" else "cpu"},
-        "offload_param": {"device": "cpu" if options.offload == "cpu" and options.zero_stage == 3 else "none"},
+        "offload_param": {"device": "cpu" if weights_too else "none"},
     }
     settled: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
@@ -173,7 +175,8 @@ def _given(options: DeepSpeedLayoutPlugin.Options) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"layout.ds_config: {source} is no JSON: {error}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"layout.ds_config: {source} holds {type(found).__name__}, expected an object of keys")
+        kind = type(found).__name__
+        raise ConfigError(f"layout.ds_config: {source} holds {kind}, expected an object of keys")
     return found
 
 

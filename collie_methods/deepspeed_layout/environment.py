@@ -28,15 +28,16 @@ def import_deepspeed(device: torch.device) -> Any:
     if chosen != kind:
         raise UserError(f"environment: DS_ACCELERATOR is {chosen!r}, but the run is on {kind}; unset it")
     # DeepSpeed asks for it where torchrun has not started the process
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0 if kind == "cuda" else current_world().local_rank))
+    local_rank = device.index or 0 if kind == "cuda" else current_world().local_rank
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
     if "TORCH_EXTENSIONS_DIR" not in os.environ:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(_extensions())
     import deepspeed
     from deepspeed import ops
     from deepspeed.utils import logger
 
-    # Which of its kernels may be compiled for communication: none.  On the CPU it would compile its shared-memory
-    # all-reduce in every first run, for minutes, where gloo is at hand.
+    # Which of its kernels may be compiled for communication: none.  On the CPU it would compile its
+    # shared-memory all-reduce in every first run, for minutes, where gloo is at hand.
     ops.__compatible_ops__ = {}
     for handler in logger.handlers:  # stdout belongs to results
         if isinstance(handler, logging.StreamHandler):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 class DeepSpeedLayout:
     """`model` exists after `prepare`; the optimizer is DeepSpeed's, inside `engine`.
 
-    engine is None where nothing is trained.
+    engine is None where nothing is trained and ZeRO 3 has nothing to gather.
     """
 
     model: nn.Module
@@ -60,11 +61,11 @@ class DeepSpeedLayout:
     ) -> None:
         """Place the weights, make torch's optimizer of what the plugin says, and give both to DeepSpeed.
 
-        Raises CheckpointError where the weights do not fit the model, ConfigError for an optimizer that is not
-        torch's or a ds_config that DeepSpeed refuses.
+        Raises CheckpointError where the weights do not fit the model, ConfigError for an optimizer that is
+        not torch's, or a ds_config that DeepSpeed refuses.
         """
         run, config = self.run, self.run.config
-        self.partitioned = self.zero_stage == 3 and make_optimizer is not None
+        self.partitioned, self.trains = self.zero_stage == 3, make_optimizer is not None
         ops = select_ops(
             attention=config.ops.attention,
             # ZeRO 3 gathers the head's weight for its own forward and no longer
@@ -84,13 +85,14 @@ class DeepSpeedLayout:
             else:
                 self.placed = place(run, provider, adapters, ops)
             self.model, self.root = self.placed.model, Root(self.placed.stage)
-            self.placed.stage.resolve(make_optimizer is not None, self._most)
+            self.placed.stage.resolve(self.trains, self._most)
             run.shards = self.placed.shards
-            if make_optimizer is not None:
-                optimizer = self._torch_optimizer(make_optimizer(self.model))
-                self.engine, *_ = self._deepspeed.initialize(
-                    model=self.root, optimizer=optimizer, config=settings, dist_init_required=False
-                )
+            optimizer = self._torch_optimizer(make_optimizer(self.model)) if make_optimizer else None
+            if self.trains or self.partitioned:
+                with redirect_stdout(io.StringIO()):  # stdout belongs to results
+                    self.engine, *_ = self._deepspeed.initialize(
+                        model=self.root, optimizer=optimizer, config=settings, dist_init_required=False
+                    )
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -182,8 +184,10 @@ class DeepSpeedLayout:
         }
 
     def _update(self) -> tuple[float, bool]:
-        """(gradient norm before clipping, whether the step was applied); DeepSpeed skips one that is not finite,
-        but for ZeRO 0, where the layout does."""
+        """(gradient norm before clipping, whether the step was applied).
+
+        DeepSpeed itself skips a step that is not finite, but for ZeRO 0.
+        """
         engine = self.engine
         if self.zero_stage == 0:
             gradients = [p.grad for p in self.placed.parameters.values() if p.grad is not None]
@@ -243,14 +247,14 @@ class DeepSpeedLayout:
         states.load_state(self, folder)
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter and persistent buffer; whole on rank 0, empty on the others, which must ask along."""
+        """Every parameter and persistent buffer; whole on rank 0, empty on the others, which ask along."""
         return states.full_tensors(self)
 
     def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
         """In it the parameter is whole; a change by rank 0 holds on all ranks afterwards."""
         if not self.partitioned:
             return nullcontext()
-        return self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)  # type: ignore[no-any-return]
+        return self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
     def _most(self, number: int) -> int:
         """The most of what all ranks say."""

@@ -1,4 +1,4 @@
-"""The model's weights where DeepSpeed takes them over: whole on every rank, or cut by ZeRO-3 as they are read."""
+"""The model's weights where DeepSpeed takes over: whole on every rank, or cut by ZeRO-3 as they are read."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Root(nn.Module):
 
 
 def place(run: Run, provider: ModelProvider, adapters: Sequence[Adapter], ops: Ops) -> Placed:
-    """The whole model on every rank, for ZeRO 0 to 2.  Raises CheckpointError where the weights do not fit."""
+    """The whole model on every rank, for ZeRO 0 to 2.  Raises CheckpointError where weights do not fit."""
     placed = place_whole(run, provider, adapters, ops)
     return Placed(placed.model, placed.stages[0], placed.shards, placed.whole_shapes, placed.buffers)
 

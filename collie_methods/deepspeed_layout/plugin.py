@@ -21,10 +21,10 @@ class DeepSpeedLayoutPlugin:
     class Options:
         """Keys of `layout:`.
 
-        zero_stage: what data-parallel ranks share: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too.
-        offload: to host memory: `optimizer` its states and their update, `cpu` with zero_stage 3 the weights too.
-        ds_config: a file of JSON, or a mapping, as DeepSpeed reads it; what it says must not contradict the
-        config, and "auto" is filled in.
+        zero_stage: what data-parallel ranks share: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights
+        too.  offload: to host memory: `optimizer` its states and their update, `cpu` with zero_stage 3 the
+        weights too.  ds_config: a file of JSON, or a mapping, as DeepSpeed reads it; what it says must not
+        contradict the config, and "auto" is filled in.
         """
 
         zero_stage: Literal[0, 1, 2, 3] = 2

@@ -2,86 +2,128 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from collie_core.errors import PluginError
+from collie_core.errors import PluginError, Refusal
 from collie_core.registry import Registry
 
 if TYPE_CHECKING:
     from collie_core.config.schema import CollieConfig
     from collie_methods.deepspeed_layout.plugin import DeepSpeedLayoutPlugin
 
+_NATIVE = {"layout": {"name": "native"}}
+
 
 def refusals(config: CollieConfig, options: DeepSpeedLayoutPlugin.Options) -> list[str]:
     """Every refusal of this config: keys, reason, and what works."""
-    found = [
-        f"{key} {getattr(config, key)}: the layout deepspeed is data parallel alone; "
-        f"set {key} to 1, or layout to {{name: native}}"
-        for key in ("tp_size", "pp_size")
-        if getattr(config, key) > 1
-    ]
-    rules = (
-        (
-            options.offload != "none" and options.zero_stage == 0,
-            f"layout.offload {options.offload}: DeepSpeed offloads with ZeRO; set layout.zero_stage to 1, 2 or 3",
+    stage, dtype, loss = options.zero_stage, config.model.dtype, config.ops.cross_entropy
+    table: tuple[tuple[bool, str, str, dict[str, Any], str], ...] = (
+        *(
+            (
+                size > 1,
+                f"{key} {size}",
+                "the layout deepspeed is data parallel alone",
+                _NATIVE,
+                f"set {key} to 1, or layout to {{name: native}}",
+            )
+            for key, size in (("tp_size", config.tp_size), ("pp_size", config.pp_size))
         ),
         (
-            config.model.dtype == "float16",
-            "model.dtype float16: this layout does not drive DeepSpeed's loss scaling; set it to bfloat16, "
-            "or layout to {name: native}",
+            options.offload != "none" and stage == 0,
+            f"layout.offload {options.offload} with layout.zero_stage 0",
+            "DeepSpeed offloads with ZeRO",
+            {"layout.zero_stage": 1},
+            "set layout.zero_stage to 1, 2 or 3",
         ),
         (
-            config.model.dtype == "bfloat16" and options.zero_stage == 0,
-            "model.dtype bfloat16 with layout.zero_stage 0: DeepSpeed would sum gradients in bfloat16; "
+            dtype == "float16",
+            "model.dtype float16",
+            "this layout does not drive DeepSpeed's loss scaling",
+            {"model.dtype": "bfloat16"},
+            "set it to bfloat16, or layout to {name: native}",
+        ),
+        (
+            dtype == "bfloat16" and stage == 0,
+            "model.dtype bfloat16 with layout.zero_stage 0",
+            "DeepSpeed would sum gradients in bfloat16",
+            {"layout.zero_stage": 1},
             "set zero_stage to 1 or more",
         ),
         (
             config.optimizer.clip_grad_value is not None,
-            "optimizer.clip_grad_value: DeepSpeed clips by norm alone; use clip_grad_norm, "
-            "or layout: {name: native}",
+            "optimizer.clip_grad_value",
+            "DeepSpeed clips by norm alone",
+            {"optimizer.clip_grad_value": None},
+            "use clip_grad_norm, or layout: {name: native}",
         ),
         (
             config.checkpoint.async_save,
-            "checkpoint.async_save: DeepSpeed's states are gathered for a save; set it to false, "
-            "or layout to {name: native}",
+            "checkpoint.async_save",
+            "DeepSpeed's states are gathered while a checkpoint is written",
+            {"checkpoint.async_save": False},
+            "set it to false, or layout to {name: native}",
         ),
         (
             config.train.compile is True,
-            "train.compile: true: DeepSpeed's hooks are not compiled; set it to false, or layout to {name: native}",
+            "train.compile true",
+            "DeepSpeed's hooks are not compiled",
+            {"train.compile": False},
+            "set it to false, or layout to {name: native}",
         ),
         (
             config.train.deterministic and options.offload != "none",
-            "train.deterministic with layout.offload: DeepSpeed's update on the host sums in no fixed order; "
+            "train.deterministic with layout.offload",
+            "nothing says in which order DeepSpeed's update on the host computes",
+            {"layout.offload": "none"},
             "set offload to none",
         ),
         (
-            options.zero_stage == 3 and config.ops.cross_entropy not in ("auto", "plain"),
-            f"ops.cross_entropy {config.ops.cross_entropy} with layout.zero_stage 3: it uses the head's weight "
-            "where DeepSpeed has not gathered it; set it to auto or plain",
+            stage == 3 and loss not in ("auto", "plain"),
+            f"ops.cross_entropy {loss} with layout.zero_stage 3",
+            "it uses the head's weight where DeepSpeed has not gathered it",
+            {"ops.cross_entropy": "plain"},
+            "set it to auto or plain",
         ),
     )
-    return found + [message for applies, message in rules if applies] + _of_optimizer(config, options)
+    found: list[str] = [
+        Refusal(rule, reason, instead, advice) for applies, rule, reason, instead, advice in table if applies
+    ]
+    return found + _of_optimizer(config, stage)
 
 
-def _of_optimizer(config: CollieConfig, options: DeepSpeedLayoutPlugin.Options) -> list[str]:
+def _of_optimizer(config: CollieConfig, stage: int) -> list[str]:
     name = config.optimizer.name
     try:
         plugin = Registry().load("optimizer", name).cls
     except PluginError:  # told where the optimizer itself is selected
         return []
+    native = f"layout: {{name: native, zero_stage: {stage}}}"
     if getattr(plugin, "in_backward", False):
         return [
-            f"optimizer {name}: it updates parameters during the backward pass, which DeepSpeed has no place for; "
-            f"the native equivalent is layout: {{name: native, zero_stage: {options.zero_stage}}}"
+            Refusal(
+                f"optimizer {name}",
+                "it updates parameters during the backward pass, which DeepSpeed has no place for",
+                {"layout": {"name": "native", "zero_stage": stage}},
+                f"the native equivalent is {native}",
+            )
         ]
-    if options.zero_stage and not getattr(plugin, "elementwise", True):
+    if stage and not getattr(plugin, "elementwise", True):
         return [
-            f"optimizer {name} needs every parameter whole, and ZeRO flattens them; set layout.zero_stage to 0, "
-            "or take an optimizer that works on each element by itself, such as adamw"
+            Refusal(
+                f"optimizer {name} with layout.zero_stage {stage}",
+                "it needs every parameter whole, and DeepSpeed's ZeRO flattens them",
+                {"layout.zero_stage": 0},
+                "set layout.zero_stage to 0, or take an optimizer that works on each element by itself, "
+                "such as adamw",
+            )
         ]
-    if options.zero_stage in (1, 2) and name.rpartition(":")[2] == "adagrad":
+    if stage in (1, 2) and name.rpartition(":")[2] == "adagrad":
         return [
-            f"optimizer {name} with layout.zero_stage {options.zero_stage}: DeepSpeed makes it anew without its "
-            "groups; set zero_stage to 0 or 3, or layout to {name: native}"
+            Refusal(
+                f"optimizer {name} with layout.zero_stage {stage}",
+                "DeepSpeed makes it anew without its parameter groups",
+                {"layout.zero_stage": 3},
+                f"set zero_stage to 0 or 3, or {native}",
+            )
         ]
     return []

@@ -1,7 +1,7 @@
 """Tensors of a DeepSpeed engine under the names of the native layout, for checkpoints and exports.
 
-ZeRO keeps fp32 weights and optimizer states flat, cut among the ranks without regard to parameters.  Here each
-is gathered whole, one at a time, by DeepSpeed's own functions (`safe_get_full_*`), and a rank keeps its rows.
+ZeRO keeps fp32 weights and optimizer states flat, cut among the ranks without regard to parameters.  Here
+each is gathered whole, one at a time, by DeepSpeed's own `safe_get_full_*`, and a rank keeps its rows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from collie_core.checkpoint.metadata import StoredTensor
 from collie_core.checkpoint.store import read_metadata, stream_tensors
 from collie_core.errors import CheckpointError
+from collie_core.layouts.loss_scale import LossScale
 from collie_core.shard import Piece
 
 if TYPE_CHECKING:
@@ -92,6 +93,9 @@ def state_of(layout: DeepSpeedLayout) -> dict[str, Tensor | Piece]:
     placed, flat = layout.placed, Flat(layout.engine)
     flat.link()
     state: dict[str, Tensor | Piece] = {f"model.{name}": tensor for name, tensor in placed.buffers.items()}
+    # what the native layout looks for; of these dtypes it is never scaled
+    scale = LossScale(getattr(torch, layout.run.config.model.dtype))
+    state |= {f"layout.{name}": tensor for name, tensor in scale.state_dict().items()}
     for name, parameter in placed.parameters.items():
         if layout.partitioned:
             with layout.gathered(parameter):
@@ -139,7 +143,7 @@ def load_state(layout: DeepSpeedLayout, folder: Path) -> None:
         with layout.gathered(target) if isinstance(target, nn.Parameter) else nullcontext():
             if target.numel():  # under ZeRO 3 gathered, and sent on by rank 0
                 target.detach().copy_(value)
-    if layout.engine is not None:
+    if layout.trains:
         _load_optimizer(layout, folder, stored)
 
 
@@ -153,7 +157,8 @@ def _load_optimizer(layout: DeepSpeedLayout, folder: Path, stored: dict[str, Sto
         prefix, shape = f"optimizer.{name}.", layout.placed.whole_shapes[name]
         found = [key for key in stored if key.startswith(prefix) and "." not in key[len(prefix) :]]
         keys[name] = [key for key in found if tuple(stored[key].shape) == tuple(shape)]
-        numbers = {key[len(prefix) :]: value for key, value in stream_tensors(folder, sorted({*found} - {*keys[name]}))}
+        others = [key for key in found if key not in keys[name]]
+        numbers = {key[len(prefix) :]: value for key, value in stream_tensors(folder, others)}
         flat.make(parameter, [key[len(prefix) :] for key in keys[name]], numbers)
     flat.link()
     for name, parameter in trained.items():
