@@ -163,7 +163,7 @@ class Held:
 
     def __init__(self) -> None:
         self.bytes = {"weights": 0, "gradients": 0, "states": 0}
-        self._handle = register_optimizer_step_post_hook(self._count)  # type: ignore[no-untyped-call]
+        self._handle = register_optimizer_step_post_hook(self._count)
 
     def _count(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -177,7 +177,7 @@ class Held:
 
 
 def _bytes(tensor: Tensor) -> int:
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.numel() * local.element_size()
 
 

@@ -15,7 +15,7 @@ from collie_core import CollieConfig
 from collie_core.registry import Registry
 from collie_core.train.setup import checked_plugins
 
-UNDER = ("dp2_zero0", "dp2_zero3", "tp2_sp", "pp2")
+UNDER = ("dp2_zero3", "tp2_sp", "pp2")
 OTHERS = sorted({i.name for i in Registry().plugins() if i.kind == "optimizer"} - METHODS.keys())
 
 
@@ -48,7 +48,7 @@ def alone(
 
 
 def test_what_needs_whole_parameters_is_refused_where_they_are_cut() -> None:
-    assert {layout for layout in UNDER if accepted("adafactor", layout)} == {"dp2_zero0", "pp2"}
+    assert {layout for layout in UNDER if accepted("adafactor", layout)} == {"pp2"}
 
 
 @pytest.mark.parametrize("layout", UNDER)
