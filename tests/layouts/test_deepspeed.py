@@ -1,4 +1,4 @@
-"""The DeepSpeed layout against one process under the native one: real processes, real DeepSpeed, on the CPU."""
+"""The DeepSpeed layout against one native process: real processes, real DeepSpeed, on the CPU."""
 
 from __future__ import annotations
 
@@ -187,7 +187,8 @@ def test_bf16_trains_near_one_native_process(runs: Runs, stage: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "whole"), [*((f"resumed{stage}", f"zero{stage}") for stage in range(4)), ("resumed_bf16", "bf16_2")]
+    ("name", "whole"),
+    [*((f"resumed{stage}", f"zero{stage}") for stage in range(4)), ("resumed_bf16", "bf16_2")],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(runs: Runs, name: str, whole: str) -> None:
     assert losses(runs[name]) == losses(runs[whole])
