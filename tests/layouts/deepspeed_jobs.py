@@ -33,7 +33,7 @@ class Poison:
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy a token."""
-        last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
         factor = torch.nan if last and self.now == self.step else 1.0
         return factor * torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 

@@ -116,6 +116,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, data: Path)
         {**one("alone", layout={"name": "deepspeed", "zero_stage": 2})},
         {**one("alone_again", layout={"name": "deepspeed", "zero_stage": 3})},
         one("native_afterwards"),
+        {**one("native_nan", train={"on_nan": "skip"}, data={"eval": None}), "nan_at": 2},
     ]
     printed = {"native": run(folder, native, 1)}
     jobs = [one(name, **changes) for name, changes in CASES.items()]
@@ -202,12 +203,10 @@ def test_checkpoints_are_read_under_another_layout(runs: Runs, name: str) -> Non
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(runs: Runs, stage: int) -> None:
-    out = runs[f"nan{stage}"]
-    lines = metrics(out)
-    assert len(lines) == STEPS
-    bad = [line["step"] for line in lines if not abs(line["loss"]) < 100]
-    assert bad == [2]
-    assert all(abs(float(tensor.double().sum())) < 1e9 for tensor in weights(out).values())
+    expected, found = losses(runs["native_nan"]), losses(runs[f"nan{stage}"])
+    assert found[1] is expected[1] is None  # as the record of a figure that is not finite
+    assert found[2:] == pytest.approx(expected[2:], rel=2e-6)
+    assert largest_difference(weights(runs["native_nan"]), weights(runs[f"nan{stage}"])) < 1e-2 * LR * STEPS
 
 
 def test_a_checkpoint_alone_exports_to_the_same_files(runs: Runs, tmp_path: Path) -> None:
