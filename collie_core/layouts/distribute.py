@@ -85,7 +85,7 @@ def place_parts(
     stages = _stages(model, run, ops, grid, options, tp, vocabulary)
     shards = _held(stages, names, shards, grid)
     for stage in stages:
-        stage.resolve(training, _agreement(grid))
+        stage.resolve(training, _agreement(grid), may_compile=options.offload == "none")
     zero = options.shards_parameters(grid.dp.size)
     if zero:
         for stage in stages:
@@ -186,6 +186,8 @@ def _stages(
                 last=number == total - 1,
                 tp=tp,
                 vocabulary=vocabulary,
+                begin=stretches[number].start,
+                total=len(keys),
             )
         )
     if grid.pp.size > 1:

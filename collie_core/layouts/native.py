@@ -235,6 +235,8 @@ class NativeLayout:
                         self.gradients.arm("update", finite, optimizer.update)
                 (loss * factor).backward()
             self.gradients.flush()
+        if self.options.offload == "cpu":
+            total = total.cpu()  # where the updates are
         measured = self.gradients.norm().to(total.device) / scale
         if kept and optimizer.in_backward and name != "norm":
             optimizer.begin_pass(name, lr, scale, self._clip_factor(measured if self.needs_norm else None))

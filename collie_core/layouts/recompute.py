@@ -40,22 +40,30 @@ def _selective_contexts() -> Any:
 
 
 def runner_for(
-    blocks: list[nn.Module], run: Run, agree: Callable[[int], int] | None = None
+    blocks: list[nn.Module],
+    run: Run,
+    agree: Callable[[int], int] | None = None,
+    begin: int = 0,
+    total: int | None = None,
 ) -> BlockRunner:
     """The loop over the blocks that `train.activation_checkpointing` asks for.
 
     `auto` recomputes nothing on the CPU; on CUDA it measures, in the first step, what one block keeps, and
     recomputes only as many blocks as the free memory asks for; `agree` gives the most that any rank which
-    shares these blocks needs.  Raises ConfigProblems for a number above the number of blocks.
+    shares these blocks needs.  begin, total: where these blocks begin among all of the model.
+    Raises ConfigProblems for a number above the number of the model's blocks.
     """
     mode = run.resolved.get("activation_checkpointing", run.config.train.activation_checkpointing)
-    if isinstance(mode, int) and mode > len(blocks):
-        message = f"{mode} blocks, but the model has {len(blocks)}"
+    total = len(blocks) if total is None else total
+    if isinstance(mode, int) and mode > total:
+        message = f"{mode} blocks, but the model has {total}"
         raise run.config.problems(ConfigProblems([(("train", "activation_checkpointing"), message)]))
     if mode == "auto" and run.device.type != "cuda":
         mode = "none"
     if mode != "auto":
         run.resolved["activation_checkpointing"] = mode
+        if isinstance(mode, int):
+            mode = min(max(mode - begin, 0), len(blocks))
         return partial(_run, blocks, mode)
     return _Measured(blocks, run, agree)
 

@@ -39,30 +39,40 @@ class Stage(nn.Module):
         last: bool = True,
         tp: TensorParallel | None = None,
         vocabulary: Vocabulary | None = None,
+        begin: int = 0,
+        total: int | None = None,
     ) -> None:
-        """tp: the ranks that share each layer.  vocabulary: this rank's words, where the head is cut."""
+        """begin, total: where the blocks begin among all of the model.  tp: the ranks that share each layer.
+        vocabulary: this rank's words, where the head is cut.
+        """
         super().__init__()
         self.embed: nn.Module | None = model.embed if first else None
         self.blocks = blocks
         self.head: nn.Module | None = model.head if last else None
         self.ops, self.run, self.tp, self.vocabulary = ops, run, tp, vocabulary
+        self.begin, self.total = begin, len(blocks) if total is None else total
         self._as_context: Callable[[Context], Context] = lambda ctx: model_context(model, ctx)
         self.run_blocks: BlockRunner | None = None
 
-    def resolve(self, training: bool, agree: Callable[[int], int] | None = None) -> None:
+    def resolve(
+        self, training: bool, agree: Callable[[int], int] | None = None, may_compile: bool = True
+    ) -> None:
         """Settle every `auto` of the forward pass, once, and note it in `run.resolved`.
 
-        agree: makes one number of the numbers of all ranks of this stage.
+        agree: makes one number of the numbers of all ranks of this stage.  may_compile: false where `auto`
+        must not compile.
         """
         train, resolved = self.run.config.train, self.run.resolved
-        on_cuda = self.run.device.type == "cuda"
+        on_cuda = self.run.device.type == "cuda" and may_compile
         compiled = resolved.get("compile", on_cuda if train.compile == "auto" else train.compile)
         resolved["compile"] = compiled
         blocks = list(self.blocks.values())
         if compiled:
             for block in blocks:
                 block.compile()
-        self.run_blocks = runner_for(blocks, self.run, agree) if training else None
+        self.run_blocks = (
+            runner_for(blocks, self.run, agree, self.begin, self.total) if training else None
+        )
 
     def forward(self, batch: MicroBatch, h: Tensor | None = None, custom: bool = True) -> Tensor:
         """The loss summed over the target tokens (0-d, fp32) where the head is here, else the hidden output.

@@ -151,7 +151,8 @@ def test_ranks_share_the_step_of_one(dataset: TokenizedDataset, ranks: int, pack
         assert (
             sum(batch.target_tokens for part in parts for batch in part.micro_batches) == whole.target_tokens
         )
-        assert sum(part.tokens for part in parts) == whole.tokens
+        assert {part.tokens for part in parts} == {whole.tokens}
+        assert sum(batch.tokens for part in parts for batch in part.micro_batches) == whole.tokens
         shapes = [[batch.input_ids.shape[0] for batch in part.micro_batches] for part in parts]
         assert all(shape == shapes[0] for shape in shapes), (
             "every rank has as many micro-batches of as many rows"
@@ -183,7 +184,7 @@ def test_more_ranks_than_rows(dataset: TokenizedDataset) -> None:
         assert source.steps_per_epoch(0) == 2
         last.append(list(islice(source, 2))[-1])
     assert [len(part.micro_batches) for part in last] == [1] * 26
-    assert [part.tokens > 0 for part in last] == [True] + [False] * 25
+    assert [part.micro_batches[0].tokens > 0 for part in last] == [True] + [False] * 25
     assert all(part.target_tokens == last[0].micro_batches[0].target_tokens > 0 for part in last)
 
 
