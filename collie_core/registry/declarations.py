@@ -59,8 +59,13 @@ def _of_class(node: ast.ClassDef) -> Declarations:
                 except ValueError:
                     continue
     summary = (ast.get_docstring(node) or "").partition("\n")[0].removesuffix(".")
-    checkpoints = tuple(c for c in literals.get("checkpoints", ()) if isinstance(c, dict) and "name" in c)
-    return Declarations(summary, checkpoints, tuple(map(str, literals.get("supports", ()))))
+    checkpoints = tuple(c for c in _listed(literals, "checkpoints") if isinstance(c, dict) and "name" in c)
+    return Declarations(summary, checkpoints, tuple(map(str, _listed(literals, "supports"))))
+
+
+def _listed(literals: Mapping[str, Any], name: str) -> list[Any]:
+    found = literals.get(name)
+    return list(found) if isinstance(found, list | tuple) else []
 
 
 def _files(module: str, roots: Sequence[Path] | None) -> list[Path]:

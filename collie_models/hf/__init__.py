@@ -45,10 +45,17 @@ class Transformers:
 
     @hookimpl
     def collie_check(self, run: Run) -> Sequence[str]:
-        """Refuse tensor parallelism where it would not be right."""
-        if run.config.tp_size == 1 or run.source is None:
+        """Refuse records longer than the learned positions, and tensor parallelism that is not right."""
+        if run.source is None:
             return []
         from collie_models.hf.parallel import tensor_parallel_problems
 
-        options = run.config.layout.options
-        return tensor_parallel_problems(run.source.config, options.get("sequence_parallel", "auto"))
+        found: list[str] = []
+        provider: Any = run.source.provider
+        limit, longest = provider.positions(run.source.config), run.config.data.max_length
+        if limit is not None and longest > limit:
+            found.append(f"data.max_length: {longest} is above the model's {limit} positions")
+        if run.config.tp_size > 1:
+            sequence_parallel = run.config.layout.options.get("sequence_parallel", "auto")
+            found += tensor_parallel_problems(run.source.config, sequence_parallel)
+        return found

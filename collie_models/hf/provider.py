@@ -54,6 +54,16 @@ class TransformersProvider:
         stock = _stock(config)
         return parallel_plan(config, stock, self._anatomy(config, stock))
 
+    def positions(self, config: PreTrainedConfig) -> int | None:
+        """How many positions the model has learned; None where they are computed."""
+        stock = _stock(config)
+        words, stated = stock.get_input_embeddings(), getattr(config, "max_position_embeddings", None)
+        if stated is None:
+            return None
+        tables = [m for m in stock.modules() if isinstance(m, torch.nn.Embedding) and m is not words]
+        learned = any(stated <= table.num_embeddings <= stated + 2 for table in tables)  # OPT has two more
+        return int(stated) if learned else None
+
     def tokenizer(self, path: Path) -> Any:
         """The library's tokenizer, from local files alone; no code of the folder is run."""
         from transformers import AutoTokenizer

@@ -23,6 +23,7 @@ from transformers import (
 
 from collie_core import AutoModelForCausalLM as Ours
 from collie_core import CollieConfig, Trainer
+from collie_core.errors import CollieError
 from collie_models.hf.parallel import tensor_parallel_problems
 
 SIZES: dict[str, Any] = {
@@ -57,7 +58,7 @@ def model_folder(request: pytest.FixtureRequest, tmp_path: Path, make_tokenizer:
     return tmp_path / "model"
 
 
-def config(model: Path, data: Path, out: Path, **changes: Any) -> CollieConfig:
+def config(model: Path, data: Path, out: Path, /, **changes: Any) -> CollieConfig:
     sections: dict[str, Any] = {
         "model": {"path": str(model), "dtype": "float32", "provider": "hf"},
         "optimizer": {"name": "lomo", "lr": 0.05, "clip_grad_norm": 1.0},
@@ -117,3 +118,12 @@ def test_tensor_parallelism_is_refused_where_it_would_not_be_right() -> None:
     assert tensor_parallel_problems(CONFIGS["qwen3"], False) == []
     [sequences] = tensor_parallel_problems(CONFIGS["qwen3"], True)
     assert "set layout.sequence_parallel: false" in sequences
+
+
+@pytest.mark.parametrize("model_folder", ["gpt2"], indirect=True)
+def test_records_longer_than_the_learned_positions_are_refused(
+    model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    data = {"train": str(data_file), "max_length": 257, "packing": True}
+    with pytest.raises(CollieError, match="data.max_length: 257 is above the model's 256 positions"):
+        Trainer(config(model_folder, data_file, tmp_path / "out", data=data)).train()
