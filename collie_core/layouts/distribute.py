@@ -93,7 +93,7 @@ def place_parts(
     device = torch.device("cpu") if options.offload == "cpu" else run.device
     if not given:
         for stage in stages:
-            _allocate(stage, device, zero)
+            _allocate(stage, device, zero, pinned=device != run.device)
         reset_buffers(model, run.device)
     parameters = {
         names[name]: parameter for stage in stages for name, parameter in stage.named_parameters()
@@ -266,13 +266,22 @@ def _shard(stage: Stage, grid: Grid, options: NativeLayoutPlugin.Options) -> Non
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _allocate(stage: Stage, device: torch.device, zero: bool) -> None:
+def _uneven(module: nn.Module) -> bool:
+    """Whether the ranks have different numbers of rows of some parameter."""
+    return any(
+        parameter.shape[0] % parameter.device_mesh.size()
+        for parameter in module.parameters()
+        if isinstance(parameter, DTensor)
+    )
+
+
+def _allocate(stage: Stage, device: torch.device, zero: bool, pinned: bool) -> None:
     """Memory for parameters and buffers, without values."""
     if zero:
         stage.to_empty(device=device)
         for module in stage.modules():
-            if isinstance(module, FSDPModule):  # lets FSDP2 move its shards to where they stay
-                module.unshard()
+            if isinstance(module, FSDPModule) and (pinned or _uneven(module)):
+                module.unshard()  # lets FSDP2 move shards that it pads or pins to where they stay
                 module.reshard()
         return
     slots = Slots(stage)

@@ -190,7 +190,7 @@ def test_every_rank_reads_only_its_part(layout: str, tmp_path: Path, make_llama:
         "Path(sys.argv[2] + f'_{current_world().rank}').write_text(str(before['grown']))\n"
     )
     model = make_llama(
-        vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_attention_heads=8, num_hidden_layers=14
+        vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_attention_heads=8, num_hidden_layers=16
     )
     size = (model / "model.safetensors").stat().st_size
     assert size > 0.9e9

@@ -187,8 +187,8 @@ def test_config_commands(trained: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "layout native" in json.loads(out_of(capsys, "config", "check", path, "--json"))["plugins"]
     assert main(["config", "check", path, "optimizer.clip_mode=sometimes"]) == 2
     assert "override 'optimizer.clip_mode=sometimes'" in capsys.readouterr().err
-    assert main(["config", "check", path, "tp_size=2"]) == 2
-    assert "native" in capsys.readouterr().err
+    assert main(["config", "check", path, "layout.sequence_parallel=true"]) == 2
+    assert "layout.sequence_parallel" in capsys.readouterr().err
 
 
 def test_the_schema_holds_the_options_of_plugins(capsys: pytest.CaptureFixture[str]) -> None:
