@@ -170,12 +170,14 @@ class TransformersForCausalLM(CausalLM):
             }
         )
         self.head = Head(model, anatomy)
+        bare = copy.copy(model)  # a stage of a pipeline has no head or no embedding, but buffers
+        bare._modules = {}
+        self._initialise = bare._init_weights
         self.eval()  # as the library hands out its models: no dropout until training asks for it
 
     @torch.no_grad()
     def reset_buffers(self, device: torch.device) -> None:
         """Make rotary frequencies and the like, by the library's own initialisation."""
-        stock: Any = self.head.stock
         for module in self.modules():
             empty = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
             for name, buffer in empty.items():
@@ -185,7 +187,7 @@ class TransformersForCausalLM(CausalLM):
             parameters = list(module.parameters(recurse=False))
             for parameter in parameters:  # the flag by which the library knows what it must not fill anew
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-            stock._init_weights(module)
+            self._initialise(module)
             for parameter in parameters:
                 del parameter._is_hf_initialized  # type: ignore[attr-defined]
 
