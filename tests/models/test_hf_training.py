@@ -112,12 +112,13 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(
 
 
 def test_tensor_parallelism_is_refused_where_it_would_not_be_right() -> None:
-    [no_plan, dropout] = tensor_parallel_problems(CONFIGS["gpt2"], "auto")
+    [no_plan, dropout] = tensor_parallel_problems(CONFIGS["gpt2"], False)
     assert "transformers has no tensor-parallel plan for gpt2" in no_plan
     assert "attn_pdrop and resid_pdrop of 0" in dropout
     assert tensor_parallel_problems(CONFIGS["qwen3"], False) == []
-    [sequences] = tensor_parallel_problems(CONFIGS["qwen3"], True)
-    assert "set layout.sequence_parallel: false" in sequences
+    for asked in (True, "auto"):  # auto is yes
+        [sequences] = tensor_parallel_problems(CONFIGS["qwen3"], asked)
+        assert "set layout.sequence_parallel: false" in sequences
 
 
 @pytest.mark.parametrize("model_folder", ["gpt2"], indirect=True)
