@@ -4,6 +4,8 @@ An entry point (groups below) names a class with `collie_api = 1`, a nested `Opt
 dataclass) and methods marked `@hookimpl`.  The core validates the config section, makes one instance a
 section, `cls(options)`, and registers it in the run's own plugin manager as `kind:index:name`.
 A hook implementation takes only the arguments that it needs, by name.
+A model plugin may state literals for `collie models`: `supports`, a tuple of words, and `checkpoints`, a
+tuple of mappings with `name` and, where known, `parameters` and `licence`.
 
 Shapes: B rows, S positions, H heads, D head width, E hidden width, V vocabulary.
 """

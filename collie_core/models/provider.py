@@ -52,7 +52,8 @@ def select_provider(
 ) -> SelectedProvider:
     """The provider for a folder in Hugging Face layout, a hub id (downloaded), a run folder or a checkpoint.
 
-    provider: a model plugin's name, instead of the checkpoint's model_type.  plugins: those of the run.
+    provider: a model plugin's name, instead of the checkpoint's model_type; a checkpoint of a run is read by
+    the one that made it, whose names its tensors have.  plugins: those of the run.
     Raises CheckpointError without a readable config.json, PluginError where no plugin serves it, ConfigError
     where the plugin does not support the config.
     """
@@ -60,9 +61,20 @@ def select_provider(
 
     source = locate(path, revision)
     hf_config = read_hf_config(source.folder)
+    if provider is None and source.checkpoint is not None:
+        provider = _provider_of(source.checkpoint)
     return replace(
         provider_for(hf_config, source.folder, provider, plugins, run), checkpoint=source.checkpoint
     )
+
+
+def _provider_of(checkpoint: Path) -> str | None:
+    """The model plugin of the run that wrote a checkpoint, as its config names it, or else its own name."""
+    from collie_core.checkpoint.folder import read_state
+
+    state = read_state(checkpoint)
+    chosen = state.get("config", {}).get("model", {}).get("provider") or state.get("provider")
+    return chosen if isinstance(chosen, str) else None
 
 
 def provider_for(

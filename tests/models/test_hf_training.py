@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,22 @@ def test_trains_evaluates_saves_reloads_and_generates(
     assert torch.equal(
         made, stock.generate(input_ids=row, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     )
+
+
+@pytest.mark.parametrize("model_folder", ["qwen3"], indirect=True)
+def test_a_checkpoint_is_read_by_the_plugin_that_wrote_it(
+    model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """Without being told again; the family's own plugin has other names."""
+    out = tmp_path / "out"
+    Trainer(config(model_folder, data_file, out)).train()
+    exported = load_file(out / "model" / "model.safetensors")
+    shutil.rmtree(out / "model")
+    model = Ours.from_pretrained(out / "checkpoints" / "step_000004")
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == exported.keys()
+    assert all(torch.equal(again[name], exported[name]) for name in again)
 
 
 @pytest.mark.parametrize("model_folder", ["gpt2"], indirect=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pluggy
 import pytest
 
+import collie_core
 from collie_core.cli.main import main
 from collie_core.registry.declarations import declared
 
@@ -65,15 +68,13 @@ def test_each_installed_family_is_told_with_what_it_declares(capsys: pytest.Capt
             assert checkpoint["name"].count("/") == 1 and checkpoint["parameters"].endswith("B")
 
 
-def test_families_that_are_not_installed_come_from_the_generated_list(site: Path) -> None:
-    """A core alone on the path, without the metadata of any plugin."""
-    root = Path(__file__).parents[2]
-    code = (
-        "import sys; sys.path[:0] = [sys.argv[1]]; from importlib import metadata; "
-        "metadata.entry_points = lambda: metadata.EntryPoints(); "
-        "from collie_core.cli.main import main; sys.exit(main(['models']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True)
+def test_families_that_are_not_installed_come_from_the_generated_list(tmp_path: Path) -> None:
+    """The core alone, without the site-packages folder that has the plugins' metadata."""
+    for module in (collie_core, pluggy):
+        (tmp_path / module.__name__).symlink_to(Path(module.__path__[0]))
+    command = [sys.executable, "-S", "-c", "from collie_core.cli.main import main; main(['models'])"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "qwen3  Qwen3, the dense models\n  not installed: pip install collie-qwen\n" in done.stdout
     assert "internlm/internlm-chat-7b" in done.stdout and "\n*" not in done.stdout
