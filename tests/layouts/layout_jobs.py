@@ -74,7 +74,7 @@ def base_config(model: Path, data: Path, out: Path, layout: str, /, **changes: A
     return config
 
 
-def run_job(folder: Path, layout: str, trainings: list[Training], timeout: float = 300) -> None:
+def run_job(folder: Path, layout: str, trainings: list[Training], timeout: float = 600) -> None:
     """Run every training under the layout's number of processes."""
     folder.mkdir(parents=True, exist_ok=True)
     job = folder / "job.json"
