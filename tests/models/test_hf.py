@@ -76,7 +76,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 def save_stock(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    # eager: the library's fused attention leaves Gemma 2's soft cap out in some versions
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -140,7 +141,7 @@ def test_gradients_packing_and_saving(family: str, tmp_path: Path) -> None:
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert saved.keys() == written.keys()
     assert all(torch.equal(saved[name], written[name]) for name in saved)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager").eval()
     torch.testing.assert_close(again(ids()).logits, stock(ids()).logits, atol=1e-5, rtol=1e-5)
 
 
