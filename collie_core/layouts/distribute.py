@@ -133,7 +133,8 @@ def _tensor_parallel(
     """Cut the layers, if there are ranks to share them."""
     if grid.tp.size == 1:
         return None
-    tp = TensorParallel(grid.tp, options.sequence_parallel is not False)
+    wanted = options.sequence_parallel
+    tp = TensorParallel(grid.tp, plan.sequence if wanted == "auto" else wanted)
     Cutter(plan, tp, grid).cut(model, shards)
     return tp
 

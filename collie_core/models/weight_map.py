@@ -181,7 +181,8 @@ class ParallelPlan:
     heads, which bound the cut.  keys_values: those of `columns` that make keys and values, which are
     repeated where there are fewer key-value heads than ranks.  partial: replicated parameters that work on a
     part of the heads on each rank, so that their gradients are partial sums (norms of queries and keys).
-    whole: what other patterns name and is replicated all the same.
+    whole: what other patterns name and is replicated all the same.  sequence: the blocks may be given a part
+    of the sequence; false where more than attention looks along it.
     """
 
     columns: tuple[str, ...] = ()
@@ -194,6 +195,7 @@ class ParallelPlan:
     keys_values: tuple[str, ...] = ()
     partial: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
+    sequence: bool = True
 
 
 @dataclass(frozen=True)

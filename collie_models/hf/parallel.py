@@ -49,6 +49,7 @@ def parallel_plan(config: PreTrainedConfig, stock: PreTrainedModel, anatomy: Ana
         heads=heads if columns else None,
         keys_values=tuple(name for name in columns if name.endswith((".k_proj.*", ".v_proj.*"))),
         partial=cut.get("partial", ()),
+        sequence=False,
     )
 
 
@@ -62,7 +63,7 @@ def tensor_parallel_problems(config: PreTrainedConfig, sequence_parallel: object
     dropout = [key for key in ("attention_dropout", "attn_pdrop", "resid_pdrop") if getattr(config, key, 0)]
     if dropout:
         found.append(f"tp_size above 1 needs {' and '.join(dropout)} of 0 in config.json")
-    if sequence_parallel is not False:  # auto is yes
+    if sequence_parallel is True:
         found.append("layers of transformers need whole sequences; set layout.sequence_parallel: false")
     return found
 

@@ -132,10 +132,10 @@ def test_tensor_parallelism_is_refused_where_it_would_not_be_right() -> None:
     [no_plan, dropout] = tensor_parallel_problems(CONFIGS["gpt2"], False)
     assert "transformers has no tensor-parallel plan for gpt2" in no_plan
     assert "attn_pdrop and resid_pdrop of 0" in dropout
-    assert tensor_parallel_problems(CONFIGS["qwen3"], False) == []
-    for asked in (True, "auto"):  # auto is yes
-        [sequences] = tensor_parallel_problems(CONFIGS["qwen3"], asked)
-        assert "set layout.sequence_parallel: false" in sequences
+    for whole in (False, "auto"):  # the plan says that auto is no
+        assert tensor_parallel_problems(CONFIGS["qwen3"], whole) == []
+    [sequences] = tensor_parallel_problems(CONFIGS["qwen3"], True)
+    assert "set layout.sequence_parallel: false" in sequences
 
 
 @pytest.mark.parametrize("model_folder", ["gpt2"], indirect=True)
