@@ -11,6 +11,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 BIN := $(abspath $(VENV))/bin
+# their tests start as many processes as there are cores, or more
+SEVERAL := tests/layouts tests/launch tests/slurm
 PROJECTS := $(dir $(wildcard collie_*/pyproject.toml collie_*/*/pyproject.toml))
 
 .PHONY: setup quickstart test test-slurm lint wheels bench docs clean
@@ -23,7 +25,8 @@ quickstart: setup
 	$(BIN)/python examples/quickstart/run.py
 
 test: setup
-	$(BIN)/python -m pytest -q -p no:cacheprovider --ignore=tests/slurm $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -p no:cacheprovider -n 2 --dist loadfile $(addprefix --ignore=,$(SEVERAL))
+	$(BIN)/python -m pytest -q -p no:cacheprovider $(filter-out tests/slurm,$(SEVERAL))
 
 test-slurm: setup
 	@tests/slurm/install.sh

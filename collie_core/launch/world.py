@@ -32,11 +32,12 @@ class World:
     launcher: Launcher = "none"
 
 
-def current_world(environ: Mapping[str, str] = os.environ) -> World:
+def current_world(environ: Mapping[str, str] | None = None) -> World:
     """What torchrun or srun say in the environment; one process where neither does.
 
     A torchrun inside a slurm step is heard first.  Raises UserError for variables that contradict each other.
     """
+    environ = os.environ if environ is None else environ
     if "RANK" in environ or "WORLD_SIZE" in environ:
         given = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         return _checked("torchrun", given, [_whole(environ, name) for name in given])

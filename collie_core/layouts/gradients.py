@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -53,6 +53,7 @@ class GradientFlow:
         self._sums: dict[str, Tensor] = {}
         self._taken: set[str] = set()
         self._waiting: dict[str, dict[str, Tensor]] = {}
+        self._under_way: list[_Sum] = []
         self._units: dict[str, list[str]] = {}
         for name, shard in self.shards.items():
             self._units.setdefault(_unit(name) if shard.sums else "", []).append(name)
@@ -76,6 +77,7 @@ class GradientFlow:
                 self._take(name, parameter)
         for unit in list(self._waiting):
             self._complete(unit)
+        self._finish()
 
     def norm(self) -> Tensor:
         """L2 norm (0-d, fp32) of all gradients that became complete since `arm`, over all ranks."""
@@ -96,7 +98,7 @@ class GradientFlow:
             parameter.grad = None
         for shard in self.shards.values():
             shard.local.grad = None
-        self._sums, self._waiting = {}, {}
+        self._sums, self._waiting, self._under_way = {}, {}, []
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -139,27 +141,25 @@ class GradientFlow:
             self._complete(unit)
 
     def _complete(self, unit: str) -> None:
-        """Sum the gradients of a unit over the ranks, the next one under way while one is used."""
+        """Begin to sum the gradients of a unit over the ranks, and use those of the unit before it: a unit's
+        sums are under way while the next one's gradients are computed."""
         waiting = self._waiting.pop(unit)
-        under_way: tuple[str, Tensor, list[dist.Work]] | None = None
-        for name in [name for name in self._units[unit] if name in waiting]:
-            gradient = waiting.pop(name)
-            # over more ranks than one machine has memory for at once: summed in fp32
-            gradient = gradient if gradient.dtype == torch.float32 else gradient.float()
-            *first, last = self.shards[name].sums
-            for group in first:
-                dist.all_reduce(gradient, group=group)
-            work = dist.all_reduce(gradient, group=last, async_op=True)
-            if under_way is not None:
-                self._finish(*under_way)
-            under_way = name, gradient, [work] if work is not None else []
-        if under_way is not None:
-            self._finish(*under_way)
+        alike: dict[tuple[dist.ProcessGroup, ...], list[str]] = {}
+        for name in self._units[unit]:
+            if name in waiting:
+                alike.setdefault(self.shards[name].sums, []).append(name)
+        begun = [
+            _Sum(groups, {name: waiting.pop(name) for name in names}) for groups, names in alike.items()
+        ]
+        self._finish()
+        self._under_way = begun
 
-    def _finish(self, name: str, gradient: Tensor, works: list[dist.Work]) -> None:
-        for work in works:
-            work.wait()
-        self._use(name, gradient)
+    def _finish(self) -> None:
+        """Use the gradients whose sums are under way."""
+        begun, self._under_way = self._under_way, []
+        for one in begun:
+            for name, gradient in one.wait():
+                self._use(name, gradient)
 
     def _use(self, name: str, gradient: Tensor) -> None:
         """A complete gradient of this rank's box."""
@@ -173,6 +173,28 @@ class GradientFlow:
             self.update(name, shard.local, gradient, self.finite & torch.isfinite(whole))
         elif self.mode == "keep":
             shard.local.grad = gradient
+
+
+class _Sum:
+    """Gradients that are summed over the same ranks: one buffer in fp32, one all-reduce a group."""
+
+    def __init__(self, groups: tuple[dist.ProcessGroup, ...], gradients: dict[str, Tensor]) -> None:
+        self._shapes = {name: gradient.shape for name, gradient in gradients.items()}
+        flat = [gradient.reshape(-1).to(torch.float32) for gradient in gradients.values()]
+        gradients.clear()
+        self._buffer = torch.cat(flat) if len(flat) > 1 else flat[0]
+        *first, last = groups
+        for group in first:
+            dist.all_reduce(self._buffer, group=group)
+        self._work = dist.all_reduce(self._buffer, group=last, async_op=True)
+
+    def wait(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, sum) of each, in their order."""
+        if self._work is not None:
+            self._work.wait()
+        parts = self._buffer.split([shape.numel() for shape in self._shapes.values()])
+        for (name, shape), part in zip(self._shapes.items(), parts, strict=True):
+            yield name, part.view(shape)
 
 
 def _local(gradient: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def survivors(launcher: int) -> list[str]:
 
 def workers() -> list[str]:
     """`pid parent` of every worker process."""
-    shown = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(["ps", "-wweo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     return [line for line in shown.splitlines() if f" {WORKER} " in line]
 
 

@@ -1,20 +1,32 @@
 """Jobs of several processes for the layout tests: one process group runs many trainings.
 
 As a script, under torchrun: `layout_jobs.py JOB.json` runs every training of the job, one after the other.
+Without an argument it serves: it imports what ranks need once, and forks them for each job that it is told of.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+#: what takes long to import and ranks need
+PRELOADED = (
+    "collie_core.train.setup",
+    "collie_core.layouts.distribute",
+    "torch.distributed.fsdp",
+    "transformers",
+)
 
 #: name -> (processes, keys of the config).  Two rows a step on each of two ranks are four on one.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -35,6 +47,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2_pp2_zero2": (4, {"dp_size": 2, "pp_size": 2, "layout": {"zero_stage": 2}}),
     "dp2_tp2_pp2": (8, {"dp_size": 2, "tp_size": 2, "pp_size": 2, "layout": {"zero_stage": 2}}),
 }
+#: those of a test or two
+UNUSUAL: dict[str, tuple[int, dict[str, Any]]] = {"tp3": (3, {"tp_size": 3}), "tp4": (4, {"tp_size": 4})}
 
 
 @dataclass
@@ -52,7 +66,7 @@ class Training:
 
 def base_config(model: Path, data: Path, out: Path, layout: str, /, **changes: Any) -> dict[str, Any]:
     """A training of five steps of eight rows under a layout, with the same global batch under each."""
-    sizes = LAYOUTS[layout][1]
+    sizes = (LAYOUTS | UNUSUAL)[layout][1]
     rows = 4 // sizes.get("dp_size", 1)
     config: dict[str, Any] = {
         "model": {"path": str(model), "dtype": "float32"},
@@ -76,17 +90,36 @@ def base_config(model: Path, data: Path, out: Path, layout: str, /, **changes: A
 
 def run_job(folder: Path, layout: str, trainings: list[Training], timeout: float = 600) -> None:
     """Run every training under the layout's number of processes."""
+    run_trainings(folder, (LAYOUTS | UNUSUAL)[layout][0], trainings, timeout)
+
+
+def run_trainings(folder: Path, size: int, trainings: list[Training], timeout: float = 600) -> None:
+    """Run every training as so many processes, forked from the server of this test process."""
+    from torch.distributed import TCPStore
+
     folder.mkdir(parents=True, exist_ok=True)
-    job = folder / "job.json"
+    job, log = folder / "job.json", folder / "job.log"
     job.write_text(json.dumps([{"config": t.config, "actions": t.actions} for t in trainings]))
-    command = [sys.executable, str(HERE / "layout_jobs.py"), str(job)]
-    if LAYOUTS[layout][0] > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={LAYOUTS[layout][0]}"]
-        command[1:1] = launch
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    order = {"job": str(job), "size": size, "port": store.port, "log": str(log), "timeout": timeout}
+    server = _server()
+    assert server.stdin and server.stdout
+    server.stdin.write(json.dumps(order) + "\n")
+    server.stdin.flush()
+    statuses = json.loads(server.stdout.readline() or "[-1]")
+    assert not any(statuses), f"{statuses}\n{log.read_text()[-4000:]}"
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """The process that ranks are forked from; it ends with this one, which has the other end of its pipe."""
+    return subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def replicas_callback(path: Path) -> Any:
@@ -184,7 +217,8 @@ def _tokenizer() -> Any:
     )
 
 
-def main() -> None:
+def main(job: Path) -> None:
+    """Run the trainings of a job as the rank that the environment says."""
     import torch
 
     from collie_core.launch.world import (
@@ -197,10 +231,61 @@ def main() -> None:
     torch.set_num_threads(1)
     world = current_world()
     open_process_group(world, local_device(world), 120.0)
-    for training in json.loads(Path(sys.argv[1]).read_text()):
-        _train(training["config"], training["actions"])
-    close_process_group()
+    try:
+        for training in json.loads(job.read_text()):
+            _train(training["config"], training["actions"])
+    finally:
+        close_process_group()
+
+
+def serve() -> None:
+    """Fork the ranks of each job that a line of the standard input describes; print their exit statuses."""
+    for module in PRELOADED:
+        importlib.import_module(module)
+    for line in sys.stdin:
+        order = json.loads(line)
+        ranks = {_fork(order, rank): rank for rank in range(order["size"])}
+        statuses = {}
+        deadline = time.monotonic() + order["timeout"]
+        while len(statuses) < len(ranks):
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                statuses[pid] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                for left in ranks.keys() - statuses.keys():
+                    os.kill(left, signal.SIGKILL)
+                deadline = float("inf")
+            else:
+                time.sleep(0.01)
+        print(json.dumps(list(statuses.values())), flush=True)
+
+
+def _fork(order: dict[str, Any], rank: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(order["size"]),
+            LOCAL_WORLD_SIZE=str(order["size"]),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(order["port"]),
+            TORCHELASTIC_USE_AGENT_STORE="True",
+        )
+        main(Path(order["job"]))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1])) if len(sys.argv) > 1 else serve()

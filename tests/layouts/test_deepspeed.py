@@ -90,8 +90,10 @@ NO_CPU_ADAM = {"zero_force_ds_cpu_optimizer": False}
 CASES: dict[str, dict[str, Any]] = {
     **{f"zero{stage}": deepspeed(stage) for stage in range(4)},
     "offload2": deepspeed(2, offload="optimizer", ds_config=NO_CPU_ADAM),
-    "offload3": deepspeed(3, offload="cpu", ds_config=NO_CPU_ADAM),
-    "recompute3": {**deepspeed(3), "train": {"activation_checkpointing": "full"}},
+    "offload3_recompute": {
+        **deepspeed(3, offload="cpu", ds_config=NO_CPU_ADAM),
+        "train": {"activation_checkpointing": "full"},
+    },
 }
 
 
@@ -122,7 +124,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, data: Path)
     jobs = [one(name, **changes) for name, changes in CASES.items()]
     for job in jobs[:4]:
         job["prompt"] = PROMPT
-    for stage in (1, 2, 3):
+    for stage in (2, 3):
         jobs.append(one(f"bf16_{stage}", model={"dtype": "bfloat16"}, **deepspeed(stage)))
     for stage in (0, 2, 3):
         poisoned = one(f"nan{stage}", train={"on_nan": "skip"}, data={"eval": None}, **deepspeed(stage))
@@ -178,7 +180,7 @@ def test_generation_gives_the_same_tokens(runs: Runs, name: str) -> None:
     assert runs.printed[name][0] == runs.printed["native"][0]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_bf16_trains_near_one_native_process(runs: Runs, stage: int) -> None:
     """Only near: DeepSpeed updates fp32 masters, the native layout rounds stochastically."""
     assert losses(runs[f"bf16_{stage}"]) == pytest.approx(losses(runs["native_bf16"]), rel=3e-3)

@@ -178,7 +178,6 @@ def test_a_vocabulary_that_does_not_divide(
     sizes = {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 24, "head_dim": 4}
     model = make_llama(vocab_size=vocabulary, tie_word_embeddings=tied, **sizes)
     name = f"tp{ranks}"
-    LAYOUTS.setdefault(name, (ranks, {"tp_size": ranks}))
     method = {"optimizer": {"name": "adalomo", "lr": 1e-4, "clip_grad_norm": 0.5}}
     runs = {
         layout: Training(
@@ -198,7 +197,6 @@ def test_fewer_key_value_heads_than_ranks(
     tmp_path: Path, make_llama: Callable[..., Path], token_data: Path
 ) -> None:
     model = make_llama(num_attention_heads=4, num_key_value_heads=2)
-    LAYOUTS.setdefault("tp4", (4, {"tp_size": 4}))
     runs = {
         layout: [
             Training(

@@ -133,7 +133,7 @@ def test_a_rank_killed_in_a_save_leaves_the_checkpoint_before_it(
         "        time.sleep(60)\n"
         "    return write(self, folder)\n"
         "TensorSave.write = slow\n"
-        "layout_jobs.main()\n"
+        "layout_jobs.main(layout_jobs.Path(sys.argv[1]))\n"
     )
     settings = config(model, token_data, out, "dp2_zero3", method, checkpoint={"every_steps": 2})
     job = Training(settings, ["tokenizer"])

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from layout_jobs import Training, run_trainings
+from training_helpers import losses
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, Qwen3Config
 
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -43,9 +42,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def losses(folder: Path, name: str, data: Path, sizes: dict[str, Any]) -> list[float]:
-    """The losses of three steps of four rows each."""
-    content = {
+def training(folder: Path, name: str, data: Path, sizes: dict[str, Any]) -> Training:
+    """Three steps of four rows each."""
+    config = {
         "model": {"path": str(folder / "model"), "dtype": "float32", "provider": "hf"},
         "optimizer": {"name": "lomo", "lr": 0.05, "clip_grad_norm": 1.0},
         "data": {"train": str(data), "max_length": 128, "packing": True},
@@ -54,22 +53,23 @@ def losses(folder: Path, name: str, data: Path, sizes: dict[str, Any]) -> list[f
         "output_dir": str(folder / name),
         **sizes,
     }
-    path = folder / f"{name}.yaml"
-    path.write_text(json.dumps(content))  # JSON is YAML
-    command = [sys.executable, "-m", "collie_core", "train", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return Training(config)
 
 
-@pytest.mark.parametrize("case", sorted(LAYOUTS))
 def test_two_processes_have_the_losses_of_one(
-    case: str, tmp_path: Path, data_file: Path, make_tokenizer: Callable[[], Any]
+    tmp_path: Path, data_file: Path, make_tokenizer: Callable[[], Any]
 ) -> None:
-    family, sizes = LAYOUTS[case]
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(CONFIGS[family]).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    one, two = losses(tmp_path, "one", data_file, {}), losses(tmp_path, "two", data_file, sizes)
-    assert len(one) == 3 and two == pytest.approx(one, rel=2e-6)
+    for family, config in CONFIGS.items():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / family / "model")
+        make_tokenizer().save_pretrained(tmp_path / family / "model")
+    alone = {family: training(tmp_path / family, "alone", data_file, {}) for family in CONFIGS}
+    cases = {
+        case: (family, training(tmp_path / family, case, data_file, sizes))
+        for case, (family, sizes) in LAYOUTS.items()
+    }
+    run_trainings(tmp_path / "alone", 1, list(alone.values()))
+    run_trainings(tmp_path / "two", 2, [run for _, run in cases.values()])
+    for case, (family, run) in cases.items():
+        expected = losses(alone[family].out)
+        assert len(expected) == 3 and losses(run.out) == pytest.approx(expected, rel=2e-6), case

@@ -94,7 +94,7 @@ def test_an_offline_run_has_name_config_history_and_summary(tmp_path: Path) -> N
     assert state["summary"]["loss"] == 1 / 20
     assert state["summary"][PERPLEXITY] == 12.0 and state["summary"]["perplexity/best"] == 2.0
     assert state["config"]["model"]["path"] == "some/model" and state["config"]["seed"] == 7
-    assert records(files(output_dir), "exit") == [{"exit_code": 0}]
+    assert [ending["exit_code"] for ending in records(files(output_dir), "exit")] == [0]
 
 
 def test_without_an_account_it_stays_offline_and_says_so_in_one_line(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_without_an_account_it_stays_offline_and_says_so_in_one_line(tmp_path: P
     [line] = drive(output_dir, 0, 2, "fail").splitlines()
     assert line.startswith("wandb: offline, since no API key is configured; ")
     assert f"wandb sync {output_dir}/wandb/offline-run-" in line
-    assert records(files(output_dir), "exit") == [{"exit_code": 1}]
+    assert [ending["exit_code"] for ending in records(files(output_dir), "exit")] == [1]
 
 
 def test_stopped_killed_and_resumed_it_is_one_run_with_each_step_once(tmp_path: Path) -> None:
