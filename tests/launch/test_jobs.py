@@ -59,8 +59,9 @@ def survivors(launcher: int) -> list[str]:
 
 def workers() -> list[str]:
     """`pid parent` of every worker process."""
-    shown = subprocess.run(["ps", "-wweo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in shown.splitlines() if f" {WORKER} " in line]
+    command = ["ps", "-wweo", "pid,ppid,args"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [line for line in shown.stdout.splitlines() if f" {WORKER} " in line]
 
 
 @pytest.fixture(scope="module", autouse=True)

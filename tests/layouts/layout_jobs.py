@@ -1,7 +1,7 @@
 """Jobs of several processes for the layout tests: one process group runs many trainings.
 
 As a script, under torchrun: `layout_jobs.py JOB.json` runs every training of the job, one after the other.
-Without an argument it serves: it imports what ranks need once, and forks them for each job that it is told of.
+Without an argument it serves: it imports what ranks need once, and forks them for each job.
 """
 
 from __future__ import annotations
