@@ -1,10 +1,11 @@
 """Training steps of each layout beside one process and beside torch's bare engine, and what each rank holds.
 
 Every layout is a job of its own with real processes (gloo, CPU).  In it our run, `Trainer(config).train()`, a
-bare loop over the same module under DDP (zero_stage 0) or FSDP2 (all others, with as many processes), and a
-bare loop in one of the processes, with as many threads, take turns in windows of a few steps; ratios are of
-neighbouring windows.  Then ours and the bare engine run alone, for the peak of resident memory and the bytes
-of live weights, gradients and optimizer states at the update, beside what the layout is expected to hold.
+bare loop over the same module under DDP (zero_stage 0), DeepSpeed (where it is the layout) or FSDP2 (all
+others, with as many processes), and a bare loop in one of the processes, with as many threads, take turns in
+windows of a few steps; ratios are of neighbouring windows.  Then ours and the bare engine run alone, for the
+peak of resident memory and the bytes of live weights, gradients and optimizer states at the update, beside
+what the layout is expected to hold.
 
     python benchmarks/parallel.py --layouts "dp2 zero 3" tp2
 """
@@ -41,6 +42,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2 interleaved": {"pp_size": 2, "layout": {"pp_schedule": "interleaved"}},
     "dp2 x tp2 zero 3": {"dp_size": 2, "tp_size": 2, "layout": {"zero_stage": 3}},
     "dp2 x pp2 zero 2": {"dp_size": 2, "pp_size": 2, "layout": {"zero_stage": 2}},
+    **{
+        f"deepspeed zero {stage}": {"dp_size": 2, "layout": {"name": "deepspeed", "zero_stage": stage}}
+        for stage in (2, 3)
+    },
 }
 SHAPE = {
     "hidden_size": 256,
@@ -73,7 +78,7 @@ def rows(job: Mapping[str, Any]) -> Tensor:
 
 
 def bare_step(job: Mapping[str, Any], alone: bool) -> Step:
-    """A loop's step over the same module with AdamW: on this process alone, or under DDP or FSDP2."""
+    """A loop's step over the same module with AdamW: on this process alone, or under the bare engine."""
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
@@ -82,7 +87,10 @@ def bare_step(job: Mapping[str, Any], alone: bool) -> Step:
     batch = rows(job)
     if not alone:
         batch = batch.chunk(dist.get_world_size())[dist.get_rank()]
-        stage = job["changes"].get("layout", {}).get("zero_stage")
+        layout = job["changes"].get("layout", {})
+        stage = layout.get("zero_stage")
+        if layout.get("name") == "deepspeed":
+            return deepspeed_step(model, batch, stage)
         if job["changes"].get("dp_size") == 2 and stage == 0:
             model = DistributedDataParallel(model)
         else:
@@ -95,6 +103,29 @@ def bare_step(job: Mapping[str, Any], alone: bool) -> Step:
         model(batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    return step
+
+
+def deepspeed_step(model: Any, batch: Tensor, stage: int) -> Step:
+    """A step of DeepSpeed's engine, in fp32 and without clipping as ours."""
+    import deepspeed
+
+    settings = {
+        "train_micro_batch_size_per_gpu": len(batch),
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=settings, dist_init_required=False
+    )
+
+    def step() -> None:
+        engine.backward(engine(batch, labels=batch).loss)
+        engine.step()
 
     return step
 
@@ -342,8 +373,9 @@ def tables(found: list[dict[str, Any]]) -> str:
     for row in found:
         most = max(range(len(row["ours"])), key=lambda rank: row["expected"][rank])
         mine, want = row["ours"][most], row["expected"][most]
+        native = "deepspeed" not in row["layout"]  # which updates copies of its own
         figures = " | ".join(
-            f"{factor * want / 1e6:.1f} / {mine[kind] / 1e6:.1f}"
+            f"{factor * want / 1e6:.1f} / {mine[kind] / 1e6:.1f}" if native else ""
             for kind, factor in (("weights", 1), ("gradients", 1), ("states", 2))
         )
         peaks = " | ".join(f"{max(r['peak'] for r in row[who]) / 1e6:.0f}" for who in ("ours", "engine"))
@@ -356,6 +388,7 @@ def unexpected(found: list[dict[str, Any]]) -> list[str]:
     return [
         f"{row['layout']}, rank {rank}: {kind} {mine[kind]} bytes, expected {factor * want}"
         for row in found
+        if "deepspeed" not in row["layout"]
         for rank, (mine, want) in enumerate(zip(row["ours"], row["expected"], strict=True))
         for kind, factor in (("weights", 1), ("gradients", 1), ("states", 2))
         if mine[kind] != factor * want
