@@ -12,7 +12,7 @@ Shapes: B rows, S positions, H heads, D head width, E hidden width, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -171,8 +171,9 @@ class Layout(Protocol):
     def load(self, folder: Path) -> None:
         """Read them back, in place, whatever the layout that wrote them."""
 
-    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of every parameter and persistent buffer, one at a time, for export.
+    def full_tensors(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of every parameter and persistent buffer, or of those in `names`, one at a
+        time, for export.
 
         All ranks ask for all of them; the tensors need to be whole on rank 0 alone."""
 
@@ -181,23 +182,36 @@ class Layout(Protocol):
 
 
 class Adapter(Protocol):
-    """Adds or replaces a few parameters of a model (LoRA and the like)."""
+    """Adds a few parameters to a model (LoRA and the like), whose own are then frozen.
+
+    The plugin's entry point is the `peft_type`, in lower case, of the folders that it reads, by an option
+    `path`.  A plugin may state `default_lr_factor`: its learning rate, where the config has none, over the
+    optimizer's own.  Optional methods: `lr_scale(name)`, a factor of the learning rate of a new parameter;
+    `parallel_plan(plan)`, the model's plan with what the adapter changes; `extend(batch)`, a micro-batch as
+    the model is to see it.  Linears are changed by `add_delta`, so that every layout can cut them.
+    """
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other adapters of a run; a part of file and parameter names."""
 
     def adapt(self, model: nn.Module) -> None:
-        """Change the structure of the complete meta module; no values yet."""
+        """Add to the structure of the complete module, without values yet; the model's own parameters keep
+        their names.  It is on meta, unless the user gave one with weights."""
 
     def initialise(self, name: str, values: Tensor, shard: Shard) -> None:
         """Fill `values`, this rank's part of the new parameter `name`: a function of seed, name and global
-        index.  `shard` says which part it is."""
+        index, or what `load` read.  `shard` says which part it is.  The model has its weights: the whole of
+        one is `run.shards[its name].gathered()`, asked for by all ranks in the same order."""
 
-    def save(self, folder: Path) -> None:
-        """Write the adapter in its library's own layout."""
+    def save(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write the new parameters, whole, by name, in the adapter's library's own layout."""
 
     def load(self, folder: Path) -> None:
-        """Read what save wrote."""
+        """Read what save wrote; called before `adapt`.  Raises CheckpointError."""
 
     def merge(self, model: nn.Module) -> None:
-        """Fold the adapter into the weights it adapts."""
+        """Fold the adapter into the weights it adapts.  Raises UserError where that cannot be."""
 
 
 class Monitor(Protocol):

@@ -9,9 +9,11 @@ from collie_core.errors import (
     PluginError,
     Refusal,
     RunFailed,
+    UserError,
     nearest,
 )
 from collie_core.hookspecs import Adapter, Layout, ModelProvider, Monitor, Optimizer, hookimpl
+from collie_core.models.adapted import AdaptedLinear, Delta, add_delta, merge_deltas
 from collie_core.models.causal_lm import CausalLM
 from collie_core.models.weight_map import (
     Ignore,
@@ -31,12 +33,14 @@ from collie_core.run import ParameterGroup, Run
 from collie_core.shard import Piece, Shard
 
 __all__ = [
+    "AdaptedLinear",
     "Adapter",
     "CausalLM",
     "CheckpointError",
     "ConfigError",
     "Context",
     "DataError",
+    "Delta",
     "Ignore",
     "Layout",
     "Merge",
@@ -58,9 +62,12 @@ __all__ = [
     "Shard",
     "Split",
     "Transpose",
+    "UserError",
     "WeightRule",
+    "add_delta",
     "descend",
     "hookimpl",
+    "merge_deltas",
     "nearest",
     "round_to",
     "scaled_gradient",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from collie_core.config.schema import CollieConfig
+    from collie_core.hookspecs import Adapter
     from collie_core.models.provider import SelectedProvider
 
 
@@ -48,7 +49,8 @@ class Run:
     weights are used instead, or None.
     loss_fn is the user's own loss, or None.
     control is the group in which hosts tell each other of things beside the model; None on one process.
-    shards are this rank's parts of the parameters, by name, once a layout that cuts has placed them.
+    shards are this rank's parts of the parameters, by name, once a layout has placed them.
+    added says which adapter added which parameter of the whole model; then all others are frozen.
     """
 
     config: CollieConfig
@@ -66,6 +68,7 @@ class Run:
     stop_reason: str | None = None
     control: ProcessGroup | None = None
     shards: dict[str, Shard] = field(default_factory=dict)
+    added: dict[str, Adapter] = field(default_factory=dict)
 
     @property
     def first(self) -> bool:
@@ -96,16 +99,20 @@ class Run:
 
         Norms, biases (every parameter of fewer than two dimensions) and embeddings are not decayed unless
         an entry of `optimizer.param_groups` that matches them says so; the first entry that matches wins.
+        An adapter may scale the rate of its parameters, where no entry sets it.
+        default_lr: where neither the config nor the run has a rate.
         """
         options = self.config.optimizer
-        base_lr = options.lr if options.lr is not None else default_lr
+        base_lr = self.resolved.get("optimizer.lr", default_lr) if options.lr is None else options.lr
         decay = options.weight_decay if options.weight_decay is not None else default_weight_decay
         groups: dict[tuple[float, float], dict[str, Shard]] = {}
         for name, shard in (self.shards or whole_shards(model)).items():
             if not shard.local.requires_grad:
                 continue
             undecayed = len(shard.shape) < 2 or shard.embedding
-            lr, weight_decay = base_lr, 0.0 if undecayed else decay
+            scale_of = getattr(self.added.get(name), "lr_scale", None)
+            lr = base_lr if scale_of is None else base_lr * scale_of(name)
+            weight_decay = 0.0 if undecayed else decay
             for entry in options.param_groups:
                 if any(fnmatchcase(name, pattern) for pattern in entry.params):
                     lr = entry.lr if entry.lr is not None else lr

@@ -69,6 +69,14 @@ class Shard:
                 dist.all_reduce(partial, group=group)
         return partial
 
+    def gathered(self) -> Tensor:
+        """The whole parameter, as a new tensor; collective over the ranks that cut it."""
+        if not self.cuts:
+            return self.local.detach().clone()
+        whole = self.local.new_zeros(self.shape, requires_grad=False)
+        whole[Piece(self.local, self.shape, self.offsets).slices] = self.local.detach()
+        return self.sum(whole, range(len(self.shape)))
+
     def piece(self, state: Tensor, dims: Sequence[int] | None = None) -> Tensor | Piece:
         """A state tensor of this box, whose dimensions are `dims` of the parameter (default: all of them)."""
         dims = range(len(self.shape)) if dims is None else dims

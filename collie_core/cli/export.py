@@ -1,39 +1,88 @@
-"""`collie export SRC OUT [--as NAME]`"""
+"""`collie export SRC OUT [--as NAME] [--merge]`"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from collie_core.models.provider import SelectedProvider
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("source", metavar="SRC", help="model folder, hub id, run folder or checkpoint")
+    parser.add_argument(
+        "source", metavar="SRC", help="model or adapter folder, hub id, run folder or checkpoint"
+    )
     parser.add_argument("out", metavar="OUT", help="new or empty folder")
     parser.add_argument(
         "--as", dest="relative", metavar="NAME", help="write as a family that transformers implements"
     )
+    parser.add_argument("--merge", action="store_true", help="fold the adapters of SRC into the weights")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as stored")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write OUT in Hugging Face layout; prints the folder."""
+    """Write OUT in Hugging Face layout (adapters that are not merged: in theirs); prints the folder."""
     import torch
 
+    from collie_core.errors import UserError
     from collie_core.models.export import export_pretrained
     from collie_core.models.provider import select_provider
     from collie_core.models.sources import stream_parameters
 
     out = Path(args.out)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
     selected = select_provider(args.source)
+    if args.merge and not selected.adapters:
+        raise UserError(f"{args.source}: --merge: it has no adapters")
+    if selected.adapters:
+        tensors = _adapted(args, selected, dtype)
+        if tensors is None:
+            return 0
+    else:
+        tensors = stream_parameters(selected, dtype)
     export_pretrained(
         out,
         selected.provider,
         selected.config,
         selected.hf_config,
-        stream_parameters(selected, getattr(torch, args.dtype) if args.dtype else None),
+        tensors,
         source=selected.path,
         relative=args.relative,
     )
     print(out)
     return 0
+
+
+def _adapted(
+    args: argparse.Namespace, selected: SelectedProvider, dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]] | None:
+    """The parameters of the model with its adapters merged; without --merge the adapters are written to OUT.
+
+    Raises UserError where OUT is not empty, or the adapters cannot be merged.
+    """
+    from collie_core.errors import UserError
+    from collie_core.models.adapters import load_adapted
+    from collie_core.models.auto import build_model
+    from collie_core.models.loading import Slots
+
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: expected a new or empty folder, and it is not empty")
+    if args.relative and not args.merge:
+        raise UserError(f"--as {args.relative}: adapters have no relatives; merge them with --merge")
+    model = build_model(selected)
+    model.adapters = load_adapted(model, selected, device="cpu", dtype=dtype)
+    if not args.merge:
+        model.save_pretrained(out)
+        print(out)
+        return None
+    model.merge_adapters()
+    slots = Slots(model)
+    return ((name, t.detach()) for name, t in slots.tensors.items() if name not in slots.copies)

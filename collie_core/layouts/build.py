@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from collie_core.config.problems import ConfigProblems
 from collie_core.layouts.stage import Stage
+from collie_core.models.adapters import adapt, initialise_added
 from collie_core.models.loading import Slots
 from collie_core.models.sources import load_selected
 from collie_core.run import whole_shards
-from collie_core.shard import Shard
 
 if TYPE_CHECKING:
     from collie_core.hookspecs import Adapter, ModelProvider
     from collie_core.layouts.tensor_parallel import TensorParallel
     from collie_core.ops import Ops
     from collie_core.run import Run
+    from collie_core.shard import Shard
 
 
 @dataclass
@@ -51,10 +52,8 @@ class Placed:
         return {name: p for name, p in self.parameters.items() if p.requires_grad}
 
 
-def build(
-    run: Run, provider: ModelProvider, adapters: Sequence[Adapter], ops: Ops
-) -> tuple[nn.Module, dict[str, Adapter]]:
-    """The complete module with adapters in place and `requires_grad` set, and who added which parameter.
+def build(run: Run, provider: ModelProvider, adapters: Sequence[Adapter], ops: Ops) -> nn.Module:
+    """The complete module with adapters in place (`run.added`) and `requires_grad` set.
 
     It is on meta, unless the user gave a model with weights.
     Raises ConfigError where a pattern of trainable parameters matches nothing.
@@ -65,13 +64,9 @@ def build(
     else:
         with torch.device("meta"):
             model = provider.build(run.source.config, ops)
-    added_by: dict[str, Adapter] = {}
-    for adapter in adapters:
-        before = {name for name, _ in model.named_parameters()}
-        adapter.adapt(model)
-        added_by |= {name: adapter for name, _ in model.named_parameters() if name not in before}
+    run.added = adapt(model, adapters)
     set_trainable(model, run)
-    return model, added_by
+    return model
 
 
 def place_whole(run: Run, provider: ModelProvider, adapters: Sequence[Adapter], ops: Ops) -> Placed:
@@ -80,29 +75,25 @@ def place_whole(run: Run, provider: ModelProvider, adapters: Sequence[Adapter], 
     Raises CheckpointError where the weights do not fit.
     """
     assert run.source is not None
-    model, added_by = build(run, provider, adapters, ops)
-
-    def fill(name: str, values: Tensor) -> None:
-        added_by[name].initialise(name, values, Shard.whole(name, nn.Parameter(values, requires_grad=False)))
-
+    model = build(run, provider, adapters, ops)
     if has_weights(model):
         model = model.to(run.device)
-        for name in added_by:
-            fill(name, model.get_parameter(name).detach())
     else:
         load_selected(
             model,
             run.source,
             device=run.device,
             dtype=getattr(torch, run.config.model.dtype),
-            initialise=fill if added_by else None,
+            added=run.added,
         )
+    run.shards = whole_shards(model)
+    initialise_added(run)
     stage = Stage(model, _blocks(model), ops, run)
     slots = Slots(model)
     shapes = {name: tensor.shape for name, tensor in slots.tensors.items() if name not in slots.copies}
     buffers = {name: tensor for name, tensor in slots.tensors.items() if not isinstance(tensor, nn.Parameter)}
     parameters = dict(model.named_parameters())
-    return Placed(model, [stage], parameters, whole_shards(model), shapes, buffers=buffers)
+    return Placed(model, [stage], parameters, run.shards, shapes, buffers=buffers)
 
 
 def has_weights(model: nn.Module) -> bool:
@@ -116,9 +107,20 @@ def _blocks(model: Any) -> nn.ModuleDict:
 
 
 def set_trainable(model: nn.Module, run: Run) -> None:
-    """Apply `train.trainable` and `train.frozen`; a parameter must match the one and not the other."""
+    """Apply `train.trainable` and `train.frozen`; a parameter must match the one and not the other.
+
+    Where there are adapters, what they did not add is frozen, and no pattern may say otherwise.
+    """
     train = run.config.train
+    if run.added:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name in run.added)
     names = [name for name, _ in model.named_parameters()]
+    for pattern in train.trainable if run.added else ():
+        frozen = [name for name in names if fnmatchcase(name, pattern) and name not in run.added]
+        if frozen:
+            message = f"{pattern!r} matches {frozen[0]}, which is frozen: adapters train their own parameters"
+            raise run.config.problems(ConfigProblems([(("train", "trainable"), message)]))
     for key in ("trainable", "frozen"):
         for pattern in getattr(train, key):
             if not any(fnmatchcase(name, pattern) for name in names):

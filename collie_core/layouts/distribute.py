@@ -30,6 +30,7 @@ from collie_core.layouts.partition import partition
 from collie_core.layouts.stage import Stage
 from collie_core.layouts.tensor_parallel import Cutter, TensorParallel
 from collie_core.layouts.vocabulary import Vocabulary
+from collie_core.models.adapters import initialise_added
 from collie_core.models.forward import model_context
 from collie_core.models.loading import Slots, load_pieces, match_weights, reset_buffers
 from collie_core.models.sources import open_source
@@ -60,7 +61,7 @@ def place_parts(
     Raises CheckpointError where the weights do not fit, ConfigError where the sizes do not fit the model.
     """
     assert run.source is not None
-    model, added_by = build(run, provider, adapters, ops)
+    model = build(run, provider, adapters, ops)
     given = has_weights(model)
     if given and grid.dp.size < grid.world.size:
         raise UserError("a model with weights cannot be cut; with tp_size or pp_size above 1 load it by path")
@@ -69,8 +70,8 @@ def place_parts(
         model = model.to(run.device)
     else:
         model = model.to(getattr(torch, run.config.model.dtype))
-        reader, rules = open_source(run.source, slots)
-        rules = match_weights(slots, rules, reader, complete=not added_by)
+        reader, rules = open_source(run.source, slots, run.added)
+        rules = match_weights(slots, rules, reader, run.added)
     names = {name: slots.copies.get(name, name) for name in slots.tensors}
     shapes = {name: slots.tensors[name].shape for name in slots.tensors if names[name] == name}
     shards = whole_shards(model)
@@ -106,9 +107,8 @@ def place_parts(
         }
         pieces |= {name: Piece(b, tuple(b.shape), (0,) * b.ndim) for name, b in buffers.items()}
         load_pieces(pieces, rules, reader)
-    for name, adapter in added_by.items():
-        if name in shards:
-            adapter.initialise(name, shards[name].local.detach(), shards[name])
+    run.shards = shards
+    initialise_added(run)
     return Placed(
         model, stages, parameters, shards, shapes, tp, width, dtype, zero=zero, buffers=buffers
     )

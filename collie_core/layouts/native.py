@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -358,9 +358,9 @@ class NativeLayout:
 
         return state_of(self)
 
-    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter and persistent buffer; a tied one once.  Whole on rank 0, empty on the others,
-        which must ask along."""
+    def full_tensors(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and persistent buffer (of `names`), a tied one once.  Whole on rank 0, empty on
+        the others, which must ask along."""
         from collie_core.layouts.state import full_tensors
 
-        return full_tensors(self)
+        return full_tensors(self, names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,18 @@ if TYPE_CHECKING:
 
 
 def state_of(layout: NativeLayout) -> dict[str, Tensor | Piece]:
-    """`model.*`, `optimizer.*`, `layout.*`: live tensors of this rank, and pieces of those that are cut."""
-    placed = layout.placed
+    """`model.*`, `optimizer.*`, `layout.*`: live tensors of this rank, and pieces of those that are cut.
+
+    Where there are adapters, `model.*` is what they added: the rest is in the model that they are for.
+    """
+    placed, added = layout.placed, layout.run.added
     state: dict[str, Tensor | Piece] = {
-        f"model.{name}": shard.piece(shard.local.detach()) for name, shard in placed.shards.items()
+        f"model.{name}": shard.piece(shard.local.detach())
+        for name, shard in placed.shards.items()
+        if not added or name in added
     }
-    state |= {f"model.{name}": buffer for name, buffer in placed.buffers.items()}
+    if not added:
+        state |= {f"model.{name}": buffer for name, buffer in placed.buffers.items()}
     if layout.optimizer is not None:
         for name, value in layout.optimizer.state_dict().items():
             state[f"optimizer.{name}"] = _as_piece(layout, name, value)
@@ -73,7 +79,9 @@ def load_state(layout: NativeLayout, folder: Path) -> None:
     )
 
 
-def full_tensors(layout: NativeLayout) -> Iterator[tuple[str, Tensor]]:
+def full_tensors(
+    layout: NativeLayout, names: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) in the model's order; on other ranks than 0 an empty tensor in its place.
 
     One tensor at a time is gathered to rank 0, from one holder of each box.
@@ -83,8 +91,9 @@ def full_tensors(layout: NativeLayout) -> Iterator[tuple[str, Tensor]]:
         name: shard.piece(shard.local.detach()) for name, shard in placed.shards.items()
     }
     local |= placed.buffers
+    wanted = [name for name in placed.whole_shapes if names is None or name in names]
     if grid.world.group is None:
-        for name in placed.whole_shapes:
+        for name in wanted:
             yield name, _local(local[name])
         return
     boxes = {
@@ -95,7 +104,8 @@ def full_tensors(layout: NativeLayout) -> Iterator[tuple[str, Tensor]]:
         {} for _ in range(grid.world.size)
     ]
     dist.all_gather_object(everyone, boxes, group=grid.control)
-    for name, shape in placed.whole_shapes.items():
+    for name in wanted:
+        shape = placed.whole_shapes[name]
         holders = {
             one[name][:2]: rank
             for rank, one in reversed(list(enumerate(everyone)))

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from collie_core.layouts.collectives import (
     ReduceScatterSequence,
     SplitSequence,
 )
+from collie_core.models.adapted import AdaptedLinear, Delta
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -89,7 +91,7 @@ class _Entrance:
         return entered
 
 
-class ColumnLinear(nn.Linear):
+class ColumnLinear(AdaptedLinear):
     """A linear of which each rank computes a part of the outputs."""
 
     entrance: _Entrance
@@ -97,10 +99,10 @@ class ColumnLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, S, E), or (B, S / n, E) under sequence parallelism -> (B, S, this rank's outputs)."""
-        return F.linear(self.entrance(x, self.cut_sequence), self.weight, self.bias)
+        return super().forward(self.entrance(x, self.cut_sequence))
 
 
-class RowLinear(nn.Linear):
+class RowLinear(AdaptedLinear):
     """A linear of which each rank has a part of the inputs; the partial products are summed."""
 
     tp: TensorParallel
@@ -108,8 +110,13 @@ class RowLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, S, this rank's inputs) -> (B, S, E), or (B, S / n, E) under sequence parallelism."""
         kind = ReduceScatterSequence if self.tp.sequence_parallel else Reduce
-        out: Tensor = kind.apply(F.linear(x, self.weight), self.tp.group)
+        out: Tensor = kind.apply(self.product(x), self.tp.group)
         return out if self.bias is None else out + self.bias
+
+    def sum_over_inputs(self, partial: Tensor) -> Tensor:
+        """Completed over the ranks, in place."""
+        dist.all_reduce(partial, group=self.tp.group)
+        return partial
 
 
 class VocabularyEmbedding(nn.Embedding):
@@ -144,6 +151,8 @@ class Cutter:
         done: dict[int, nn.Parameter] = {}  # a tied parameter is cut once
         entrances: dict[str, _Entrance] = {}
         for path, module in list(model.named_modules(remove_duplicate=False)):
+            if isinstance(module, Delta):
+                continue  # cut with its linear
             for leaf, _ in list(module.named_parameters(recurse=False)):
                 name = f"{path}.{leaf}"
                 kind = self.kind(name)
@@ -154,7 +163,7 @@ class Cutter:
                         f"the parallel plan cuts {name}, which belongs to a {type(module).__name__}; "
                         "only nn.Linear and nn.Embedding can be cut"
                     )
-            kind = self.kind(f"{path}.weight")
+            kind = self.kind(f"{path}.weight") if isinstance(module, nn.Linear | nn.Embedding) else None
             if kind in ("columns", "rows", "embedding", "head"):
                 made = self._replace(path, module, kind, shards, done, entrances)
                 owner, _, leaf = path.rpartition(".")
@@ -210,20 +219,47 @@ class Cutter:
         assert isinstance(module, nn.Linear)
         if kind == "rows":
             start, length = self.tp.part(module.in_features)
-            row = RowLinear(length, module.out_features, bias=False, device="meta")
+            row = RowLinear(length, module.out_features)
             row.weight = self._cut(weight_name, module.weight, 1, start, length, shards, done)
             row.bias, row.tp = module.bias, self.tp
+            self._cut_deltas(path, module, row, kind, start, length, 1, shards, done)
             return row
         start, length, copies = self._columns(path, module)
-        column = ColumnLinear(module.in_features, length, bias=False, device="meta")
+        column = ColumnLinear(module.in_features, length)
         column.weight = self._cut(weight_name, module.weight, 0, start, length, shards, done, copies)
         if module.bias is not None:
             column.bias = self._cut(f"{path}.bias", module.bias, 0, start, length, shards, done, copies)
+        self._cut_deltas(path, module, column, kind, start, length, copies, shards, done)
         owner = f"{path.rpartition('.')[0]}:{module.in_features}"
         column.entrance = entrances.setdefault(owner, _Entrance(self.tp))
         column.entrance.users += 1
         column.cut_sequence = kind == "columns"  # the head reads what was joined before
         return column
+
+    def _cut_deltas(
+        self,
+        path: str,
+        module: nn.Linear,
+        made: AdaptedLinear,
+        kind: Kind,
+        start: int,
+        length: int,
+        copies: int,
+        shards: dict[str, Shard],
+        done: dict[int, nn.Parameter],
+    ) -> None:
+        """Cut the adapters of a linear as it is cut, and give them to the linear that takes its place."""
+        for adapter, delta in module.adapters.items() if isinstance(module, AdaptedLinear) else ():
+            assert isinstance(delta, Delta)
+            along = delta.along_inputs if kind == "rows" else delta.along_outputs
+            for leaf, parameter in list(delta.named_parameters(recurse=False)):
+                name = f"{path}.adapters.{adapter}.{leaf}"
+                if leaf in along:
+                    cut = self._cut(name, parameter, along[leaf], start, length, shards, done, copies)
+                    setattr(delta, leaf, cut)
+                else:  # each rank's part of the linear gives a part of its gradient
+                    shards[name] = replace(shards[name], copies=self.tp.size, sums=(self.tp.group,))
+            made.adapters[adapter] = delta
 
     def _columns(self, path: str, module: nn.Linear) -> tuple[int, int, int]:
         """(start, length, copies) of this rank's rows; key-value heads are repeated where there are few."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from collie_core.errors import UserError
 from collie_core.models.causal_lm import CausalLM, Origin, adopt
 from collie_core.models.initialise import initialise
 from collie_core.models.provider import SelectedProvider, provider_for, read_hf_config, select_provider
@@ -37,6 +38,8 @@ class AutoModelForCausalLM:
 
         dtype: of the weights; None: config.model.dtype, without a config float32.  use_flash: None: the
         config's, else false.  provider: a model plugin's name, instead of the checkpoint's model_type.
+        The adapters of an adapter's folder, or of a run that trained some, are on the model
+        (`merge_adapters` folds them in).
         With a config whose dp_size * tp_size * pp_size is above 1 the module stays on meta, remembering its
         folder, for the Trainer to prepare.  Weights stored in the wanted dtype are pages of their file: they
         are read when they are used, and the file may be replaced or deleted, but not written into, meanwhile.
@@ -47,9 +50,17 @@ class AutoModelForCausalLM:
             provider, revision = provider or config.model.provider, revision or config.model.revision
             dtype = dtype or getattr(torch, config.model.dtype)
         selected = select_provider(path, provider=provider, revision=revision)
-        model = _build(selected, ops, selected.path)
-        if config is None or config.dp_size * config.tp_size * config.pp_size == 1:
-            load_selected(model, selected, device="cpu", dtype=dtype or torch.float32, map_files=True)
+        model = build_model(selected, ops, selected.path)
+        alone = config is None or config.dp_size * config.tp_size * config.pp_size == 1
+        how: dict[str, Any] = {"device": "cpu", "dtype": dtype or torch.float32, "map_files": True}
+        if selected.adapters:
+            if not alone:
+                raise UserError(f"{path}: has adapters; with sizes above 1 name it in the Trainer's config")
+            from collie_core.models.adapters import load_adapted
+
+            model.adapters = load_adapted(model, selected, **how)
+        elif alone:
+            load_selected(model, selected, **how)
         return model
 
     @classmethod
@@ -67,7 +78,7 @@ class AutoModelForCausalLM:
         value is a function of seed and parameter name alone.
         """
         selected = provider_for(hf_config, None, provider)
-        model = _build(selected, _ops(None, use_flash), None)
+        model = build_model(selected, _ops(None, use_flash), None)
         std = hf_config.get("initializer_range", 0.02)
         initialise(model, seed, std, dtype)
         return model
@@ -94,9 +105,9 @@ def _ops(config: CollieConfig | None, use_flash: UseFlash | None) -> Ops:
     return select_ops(config.ops.attention, config.ops.cross_entropy, flash, device)
 
 
-def _build(selected: SelectedProvider, ops: Ops, path: Path | None) -> CausalLM:
+def build_model(selected: SelectedProvider, ops: Ops | None = None, path: Path | None = None) -> CausalLM:
     """The module on meta, with the methods of `CausalLM` whatever its class."""
     with torch.device("meta"):
-        model = adopt(selected.provider.build(selected.config, ops))
+        model = adopt(selected.provider.build(selected.config, ops or select_ops()))
     model.origin = Origin(selected.provider, selected.config, selected.hf_config, path)
     return model

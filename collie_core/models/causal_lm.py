@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -19,7 +20,7 @@ from collie_core.ops import Context
 
 if TYPE_CHECKING:
     from collie_core.config.schema import CollieConfig
-    from collie_core.hookspecs import ModelProvider
+    from collie_core.hookspecs import Adapter, ModelProvider
 
 __all__ = ["CausalLM", "CausalLMOutput", "Origin", "run_blocks", "summed_loss"]
 
@@ -45,6 +46,7 @@ class Origin:
 class CausalLM(nn.Module):
     """A causal language model with children `embed`, `blocks` and `head` (see `ModelProvider.build`).
 
+    adapters: which adapter added which parameter; empty once they are merged.
     max_positions: the number of positions beyond which the model computes nothing; None: there is no end.
     """
 
@@ -52,6 +54,7 @@ class CausalLM(nn.Module):
     blocks: nn.ModuleDict
     head: nn.Module
     origin: Origin | None = None
+    adapters: Mapping[str, Adapter] = MappingProxyType({})
     max_positions: int | None = None
 
     generate = generate
@@ -125,10 +128,16 @@ class CausalLM(nn.Module):
         """Write config.json and weights (safetensors) in the family's original layout.
 
         Files of an earlier save are replaced; the folder never holds parts of both.
+        A model with adapters that are not merged writes these alone, in the layout of their library.
         """
         from collie_core.models.export import export_pretrained
 
         require_weights(self)
+        if self.adapters:
+            from collie_core.models.adapters import save_adapters
+
+            added = {name: self.get_parameter(name).detach() for name in self.adapters}
+            return save_adapters(Path(folder), self.adapters, added)
         origin = self._require_origin("save_pretrained")
         slots = Slots(self)
         tensors = {name: t.detach() for name, t in slots.tensors.items() if name not in slots.copies}
@@ -142,6 +151,15 @@ class CausalLM(nn.Module):
             dtypes={name: tensor.dtype for name, tensor in tensors.items()},
             replace=True,
         )
+
+    def merge_adapters(self) -> None:
+        """Fold every adapter into the weights that it adapts; the model is then a plain one.
+
+        Raises UserError for a kind of adapter that no weights can hold.
+        """
+        for adapter in dict.fromkeys(self.adapters.values()):
+            adapter.merge(self)
+        self.adapters = {}
 
     def resize_token_embeddings(self, size: int) -> None:
         """Make the vocabulary `size` tokens: rows are cut off, or added as the mean of the old ones.

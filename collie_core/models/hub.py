@@ -9,7 +9,8 @@ from collie_core.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]  # never *.py: no code is ever run
-_WEIGHTS = ["model*.safetensors"], ["pytorch_model*.bin"]  # the first kind that is there
+#: the first kind that is there
+_WEIGHTS = ["model*.safetensors", "adapter_model.safetensors"], ["pytorch_model*.bin"]
 
 
 def resolve(path: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -31,7 +32,7 @@ def resolve(path: str | Path, revision: str | None = None, weights: bool = True)
     if weights:
         for patterns in _WEIGHTS:
             found = _download(name, revision, patterns)
-            if any(file.match(patterns[0]) for file in found.iterdir()):
+            if any(file.match(pattern) for file in found.iterdir() for pattern in patterns):
                 break
     return found
 

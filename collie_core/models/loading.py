@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -33,19 +33,19 @@ def load_weights(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    initialise: Callable[[str, Tensor], None] | None = None,
+    added: Collection[str] = (),
     map_files: bool = False,
 ) -> None:
     """Give `model` the weights that `reader` has, by the weight map `rules`.  Parameters on meta are
     allocated on `device`.
 
-    dtype: of floating-point parameters; None keeps the stored one.  initialise: fills the parameters that
-    no rule speaks of (those of adapters); without it they are an error.  Beside the model, host memory
-    holds two rules' tensors.  Raises CheckpointError listing the tensors that are missing, unexpected or of
-    a wrong shape, before any is read; PluginError where the weight map does not fit the module.
+    dtype: of floating-point parameters; None keeps the stored one.  added: parameters of adapters, which no
+    rule speaks of; they get memory but no values.  Beside the model, host memory holds two rules' tensors.
+    Raises CheckpointError listing the tensors that are missing, unexpected or of a wrong shape, before any is
+    read; PluginError where the weight map does not fit the module.
     """
     slots = Slots(model)
-    rules = match_weights(slots, rules, reader, complete=initialise is None)
+    rules = match_weights(slots, rules, reader, added)
     position = {name: number for number, name in enumerate(reader)}
     copies = [rule for rule in rules if slots.is_copy(rule)]
     originals = [rule for rule in rules if not slots.is_copy(rule)]
@@ -59,9 +59,8 @@ def load_weights(
         list(pool.map(load, originals))
     for rule in copies:
         _compare_copy(slots, rule, reader)
-    if initialise is not None:
-        for name in slots.uncovered(rules):
-            initialise(name, slots.allocate(name, device, dtype or torch.float32))
+    for name in added:
+        slots.allocate(name, device, dtype or torch.float32)
     reset_buffers(model, torch.device(device))
 
 
@@ -215,13 +214,13 @@ def reset_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def match_weights(
-    slots: Slots, rules: Sequence[WeightRule], reader: Reader, complete: bool
+    slots: Slots, rules: Sequence[WeightRule], reader: Reader, added: Collection[str] = ()
 ) -> list[WeightRule]:
     """The rules to apply, once checkpoint, rules and module are known to fit; no tensor is read.
 
-    complete: every parameter must come from the checkpoint.  Raises as `load_weights` does.
+    added: parameters that do not come from the checkpoint.  Raises as `load_weights` does.
     """
-    _check_rules(slots, rules, complete)
+    _check_rules(slots, rules, added)
     ignored = [rule.pattern for rule in rules if isinstance(rule, Ignore)]
     wanted = [rule for rule in rules if rule.targets]
     # a tied tensor may be in the file once or twice
@@ -249,10 +248,10 @@ def match_weights(
     return wanted
 
 
-def _check_rules(slots: Slots, rules: Sequence[WeightRule], complete: bool) -> None:
-    """Every target must be a parameter, and, where `complete`, every parameter a target."""
+def _check_rules(slots: Slots, rules: Sequence[WeightRule], added: Collection[str]) -> None:
+    """Every target must be a parameter, and every parameter that is not `added` a target."""
     unknown = {name for rule in rules for name in rule.targets if name not in slots.tensors}
-    uncovered = slots.uncovered(rules) if complete else []
+    uncovered = [name for name in slots.uncovered(rules) if name not in added]
     if unknown or uncovered:
         parts = [f"names {_listed(sorted(unknown))}, which the module does not have"] if unknown else []
         parts += [f"has no rule for {_listed(uncovered)}"] if uncovered else []

@@ -15,6 +15,7 @@ from collie_core.registry.registry import WILDCARD, where_to_get
 
 if TYPE_CHECKING:
     from collie_core.hookspecs import ModelProvider
+    from collie_core.models.adapter_folder import AdapterSpec
     from collie_core.run import Run
 
 
@@ -32,6 +33,7 @@ class SelectedProvider:
 
     name: the plugin's name.  config: the provider's own config.  hf_config: the mapping in config.json.
     path: the folder with config.json.  checkpoint: where the weights are, if not in `path`.
+    adapters, trained: see `ModelSource`.
     """
 
     provider: ModelProvider
@@ -41,6 +43,8 @@ class SelectedProvider:
     path: Path
     plugin: PluginInfo | None
     checkpoint: Path | None = None
+    adapters: tuple[AdapterSpec, ...] = ()
+    trained: Path | None = None
 
 
 def select_provider(
@@ -61,10 +65,14 @@ def select_provider(
 
     source = locate(path, revision)
     hf_config = read_hf_config(source.folder)
-    if provider is None and source.checkpoint is not None:
-        provider = _provider_of(source.checkpoint)
+    written = source.trained or source.checkpoint
+    if provider is None and written is not None:
+        provider = _provider_of(written)
     return replace(
-        provider_for(hf_config, source.folder, provider, plugins, run), checkpoint=source.checkpoint
+        provider_for(hf_config, source.folder, provider, plugins, run),
+        checkpoint=source.checkpoint,
+        adapters=source.adapters,
+        trained=source.trained,
     )
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from collie_core.checkpoint.folder import is_checkpoint, open_checkpoint
+from collie_core.checkpoint.folder import is_checkpoint, open_checkpoint, read_state
 from collie_core.checkpoint.store import fill, read_metadata, stream_tensors
 from collie_core.checkpoint.tensor_files import TensorFiles
+from collie_core.errors import CheckpointError
+from collie_core.models.adapter_folder import ADAPTER_FILE, AdapterSpec, adapter_folders, read_adapters
 from collie_core.models.hub import resolve
 from collie_core.models.loading import Slots, load_weights
 from collie_core.models.weight_files import WeightReader
@@ -26,10 +28,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """folder: config.json and tokenizer.  checkpoint: where the weights are, or None: in `folder`."""
+    """folder: config.json and tokenizer.  checkpoint: where the weights are, or None: in `folder`.
+
+    adapters: what the model was adapted by.  trained: the checkpoint of a run with their parameters, or
+    None: in their own folders.
+    """
 
     folder: Path
     checkpoint: Path | None = None
+    adapters: tuple[AdapterSpec, ...] = ()
+    trained: Path | None = None
 
 
 class Reader(Protocol):
@@ -104,19 +112,57 @@ class CheckpointReader:
 def locate(path: str | Path, revision: str | None = None, weights: bool = True) -> ModelSource:
     """The model that `path` names: of a run folder the export or, where that is newer, the last checkpoint.
 
+    An adapter's folder, or the checkpoint of a run with adapters, names its base model.
     Raises CheckpointError where there is none, or the checkpoint is damaged.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        return ModelSource(resolve(path, revision, weights))
-    exported = folder / "model" / "config.json"
+    folder = resolve(path, revision, weights)
+    exported = _exported(folder)
     if is_checkpoint(folder):
         checkpoint = open_checkpoint(folder).path
-        newer = not exported.is_file() or exported.stat().st_mtime < checkpoint.stat().st_mtime
-        return ModelSource(checkpoint / "model_files", checkpoint) if newer else ModelSource(exported.parent)
-    if exported.is_file() and not (folder / "config.json").is_file():
+        if exported is None or exported.stat().st_mtime < checkpoint.stat().st_mtime:
+            return _of_checkpoint(checkpoint, weights)
+    elif (folder / "config.json").is_file():
+        return ModelSource(folder)
+    if exported is not None and exported.name == "config.json":
         return ModelSource(exported.parent)
-    return ModelSource(folder)
+    adapters = adapter_folders(folder / "adapter" if exported is not None else folder)
+    if not adapters:
+        return ModelSource(folder)
+    base, specs = read_adapters(adapters)
+    where = f"{adapters[0] / ADAPTER_FILE}: base_model_name_or_path"
+    return replace(_base(base, None, weights, where), adapters=specs)
+
+
+def _exported(folder: Path) -> Path | None:
+    """The config of what a run exported in the end, its model or its adapters."""
+    model = folder / "model" / "config.json"
+    adapters = adapter_folders(folder / "adapter")
+    return model if model.is_file() else adapters[0] / ADAPTER_FILE if adapters else None
+
+
+def _of_checkpoint(checkpoint: Path, weights: bool) -> ModelSource:
+    config = read_state(checkpoint).get("config", {})
+    sections = config.get("adapters")
+    if not sections:
+        return ModelSource(checkpoint / "model_files", checkpoint)
+    model = config["model"]
+    specs = [
+        AdapterSpec(section["name"], {key: value for key, value in section.items() if key != "name"})
+        for section in sections
+    ]
+    base = _base(model["path"], model.get("revision"), weights, f"{checkpoint}: its run's model.path")
+    return replace(base, adapters=tuple(specs), trained=checkpoint)
+
+
+def _base(path: str, revision: str | None, weights: bool, where: str) -> ModelSource:
+    """The model that adapters are for."""
+    try:
+        found = locate(path, revision, weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    if found.adapters:
+        raise CheckpointError(f"{where}: {path} has adapters; merge them first (collie export --merge)")
+    return found
 
 
 def load_selected(
@@ -125,19 +171,24 @@ def load_selected(
     *,
     device: torch.device | str,
     dtype: torch.dtype | None,
-    initialise: Callable[[str, Tensor], None] | None = None,
+    added: Collection[str] = (),
     map_files: bool = False,
 ) -> None:
     """Give `model` the weights of the source that was selected; see `load_weights`."""
-    reader, rules = open_source(selected, Slots(model))
-    load_weights(model, rules, reader, device=device, dtype=dtype, initialise=initialise, map_files=map_files)
+    reader, rules = open_source(selected, Slots(model), added)
+    load_weights(model, rules, reader, device=device, dtype=dtype, added=added, map_files=map_files)
 
 
-def open_source(selected: SelectedProvider, slots: Slots) -> tuple[Reader, list[WeightRule]]:
-    """The tensors of a source, and the rules that make a module's parameters of them."""
+def open_source(
+    selected: SelectedProvider, slots: Slots, added: Collection[str] = ()
+) -> tuple[Reader, list[WeightRule]]:
+    """The tensors of a source, and the rules that make a module's parameters of them.
+
+    added: parameters of adapters, which are not the model's.
+    """
     if selected.checkpoint is None:
         return WeightReader(selected.path), list(selected.provider.weight_map(selected.config))
-    rules: list[WeightRule] = [Rename(f"model.{name}", name) for name in slots.tensors]
+    rules: list[WeightRule] = [Rename(f"model.{name}", name) for name in slots.tensors if name not in added]
     return CheckpointReader(selected.checkpoint), [*rules, Ignore("optimizer.*"), Ignore("layout.*")]
 
 

@@ -93,12 +93,27 @@ def write_model_files(run: Run, folder: Path) -> None:
         run.tokenizer.save_pretrained(str(folder))
 
 
+def final_folder(run: Run) -> Path:
+    """Where the result of a run is: `model/`, or `adapter/` where adapters were trained."""
+    return run.output_dir / ("adapter" if run.config.adapters else "model")
+
+
+def export_adapters(run: Run, layout: Layout) -> Path:
+    """`adapter/`: the trained adapters in the layout of their libraries, published whole."""
+    from collie_core.models.adapters import save_adapters
+
+    tensors = dict(layout.full_tensors(run.added))
+    if run.first:
+        save_adapters(final_folder(run), run.added, tensors)
+    return final_folder(run)
+
+
 def export_final(run: Run, provider: ModelProvider, layout: Layout) -> Path:
     """`model/`: the trained model in Hugging Face layout, published whole."""
     from collie_core.models.export import export_pretrained
 
     assert run.source is not None
-    target = run.output_dir / "model"
+    target = final_folder(run)
     if not run.first:
         for _ in layout.full_tensors():
             pass

@@ -149,14 +149,17 @@ class Session:
                 self._report(plugin.label, error)
 
     def finish(self) -> None:
-        """The export in Hugging Face layout."""
-        from collie_core.train.output import export_final, write_run_json
+        """The export: the model in Hugging Face layout, or the adapters in that of their libraries."""
+        from collie_core.train.output import export_adapters, export_final, write_run_json
 
         run = self.run
         self.settle()
         if run.first:
             write_run_json(run, self.plugins)  # with what was resolved in the first step
-        path = export_final(run, self.provider, self.layout)
+        if run.added:
+            path = export_adapters(run, self.layout)
+        else:
+            path = export_final(run, self.provider, self.layout)
         self.plugins.broadcast("collie_exported", run=run, path=path)
 
     def fail(self, error: BaseException) -> None:

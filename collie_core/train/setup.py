@@ -83,8 +83,10 @@ def refuse(problems: list[str]) -> None:
 
 def finished(session: Session) -> bool:
     """True where a resumed run had already done its last step and exported its model."""
+    from collie_core.train.output import final_folder
+
     run = session.run
-    return run.step >= run.total_steps and (run.output_dir / "model").is_dir()
+    return run.step >= run.total_steps and final_folder(run).is_dir()
 
 
 @contextmanager
@@ -122,6 +124,7 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
         )
         checkpoint = _checkpoint_to_resume(run, checkpoints)
         provider = _open_model(trainer, run, plugins)
+        _without_adapters(run)
         refuse(plugins.check(run))
         train_data = _dataset(trainer, run, provider, "train", stack)
         eval_data = _dataset(trainer, run, provider, "eval", stack)
@@ -168,10 +171,14 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
 @contextmanager
 def open_evaluation(trainer: Trainer) -> Iterator[Callable[[], dict[str, float]]]:
     """A function that runs every evaluator; nothing is written."""
+    from collie_core.models.adapters import select_adapters
+
     config = trainer.config
     with ExitStack() as stack:
         run, plugins = _new_run(trainer, stack)
         provider = _open_model(trainer, run, plugins)
+        assert run.source is not None
+        selected = select_adapters(run.source.adapters, plugins)  # not those that the config would train
         refuse(plugins.check(run))
         data = _dataset(trainer, run, provider, "eval", stack)
         if data is None:
@@ -179,7 +186,8 @@ def open_evaluation(trainer: Trainer) -> Iterator[Callable[[], dict[str, float]]
                 ConfigProblems([(("data", "eval"), "is required to evaluate: a file or folder of records")])
             )
         layout = _open_layout(run, plugins, stack)
-        layout.prepare(provider, [], None)
+        adapters = [plugins.call_one(plugin, "collie_adapter", run=run) for plugin in selected]
+        layout.prepare(provider, adapters, None)
         evaluators = _evaluators(run, data)
 
         def evaluate() -> dict[str, float]:
@@ -331,13 +339,7 @@ def _prepare(
 ) -> float:
     """Give the layout its model and optimizer; returns the base learning rate."""
     optimizer_plugin = plugins.of_kind("optimizer")[0]
-    base_lr = run.config.optimizer.lr
-    if base_lr is None:
-        base_lr = getattr(optimizer_plugin.instance, "default_lr", None)
-    if base_lr is None:
-        message = f"is required: optimizer {run.config.optimizer.name!r} has no default learning rate"
-        raise run.config.problems(ConfigProblems([(("optimizer", "lr"), message)]))
-    run.resolved["optimizer.lr"] = base_lr
+    base_lr = run.resolved["optimizer.lr"] = _base_lr(run, plugins)
     adapters = [plugins.call_one(plugin, "collie_adapter", run=run) for plugin in plugins.of_kind("adapter")]
     layout.prepare(
         provider,
@@ -350,6 +352,29 @@ def _prepare(
         layout.load(checkpoint.path)
     plugins.broadcast("collie_model_loaded", run=run, model=layout.model)
     return base_lr
+
+
+def _base_lr(run: Run, plugins: RunPlugins) -> float:
+    """The config's learning rate, or the optimizer's own, times the factor of the adapters (the least)."""
+    if run.config.optimizer.lr is not None:
+        return run.config.optimizer.lr
+    default: float | None = getattr(plugins.of_kind("optimizer")[0].instance, "default_lr", None)
+    if default is None:
+        message = f"is required: optimizer {run.config.optimizer.name!r} has no default learning rate"
+        raise run.config.problems(ConfigProblems([(("optimizer", "lr"), message)]))
+    adapters = [plugin.instance for plugin in plugins.of_kind("adapter")]
+    return default * min((getattr(adapter, "default_lr_factor", 1.0) for adapter in adapters), default=1.0)
+
+
+def _without_adapters(run: Run) -> None:
+    """Refuse to train on top of adapters that are not merged."""
+    assert run.source is not None
+    if run.source.adapters or getattr(run.model, "adapters", None):
+        message = (
+            "has adapters: name its base model here and the adapter in adapters ({name: ..., path: folder}), "
+            "or merge it first (collie export --merge, model.merge_adapters())"
+        )
+        raise run.config.problems(ConfigProblems([(("model", "path"), message)]))
 
 
 def _same_data(config: CollieConfig, saved: str, data: TokenizedDataset) -> None:

@@ -21,7 +21,7 @@ Records = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: steps done, the last evaluation, where the model is, and what stopped it early."""
+    """How a run ended: steps done, the last evaluation, where the model (or adapter) is, what stopped it."""
 
     step: int
     evaluation: dict[str, float]
@@ -97,7 +97,9 @@ class Trainer:
             return evaluation()
 
     def _result(self, session: Session, signals: Any) -> TrainResult:
-        run, model = session.run, session.run.output_dir / "model"
+        from collie_core.train.output import final_folder
+
+        run, model = session.run, final_folder(session.run)
         return TrainResult(
             run.step,
             session.last_evaluation,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -246,9 +246,9 @@ class DeepSpeedLayout:
         """Read them back, whatever the layout that wrote them."""
         states.load_state(self, folder)
 
-    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def full_tensors(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every parameter and persistent buffer; whole on rank 0, empty on the others, which ask along."""
-        return states.full_tensors(self)
+        return states.full_tensors(self, names)
 
     def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
         """In it the parameter is whole; a change by rank 0 holds on all ranks afterwards."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from collie_core.layouts.build import build, has_weights, place_whole
 from collie_core.layouts.stage import Stage
+from collie_core.models.adapters import filler
 from collie_core.models.loading import Slots, load_pieces, match_weights, reset_buffers
 from collie_core.models.sources import open_source
 from collie_core.run import whole_shards
@@ -70,21 +71,22 @@ def place_partitioned(
     Raises CheckpointError where the weights do not fit.
     """
     assert run.source is not None
-    model, added_by = build(run, provider, adapters, ops)
+    model = build(run, provider, adapters, ops)
     dtype = getattr(torch, run.config.model.dtype)
     given = has_weights(model)
     slots = Slots(model)
     if not given:
         model = model.to(dtype)
-        reader, rules = open_source(run.source, slots)
-        rules = match_weights(slots, rules, reader, complete=not added_by)
+        reader, rules = open_source(run.source, slots, run.added)
+        rules = match_weights(slots, rules, reader, run.added)
     shards = whole_shards(model)
     shapes = {name: tensor.shape for name, tensor in slots.tensors.items() if name not in slots.copies}
+    fill = filler(run)
     for name in shapes:
         values = slots.allocate(name, run.device, dtype)
-        if name in added_by:
+        if name in run.added:
             whole = nn.Parameter(values, requires_grad=False)
-            added_by[name].initialise(name, values, Shard.whole(name, whole))
+            fill(name, Shard.whole(name, whole))
         elif not given and (run.first or name not in shards):  # buffers are not sent
             load_pieces({name: Piece(values, tuple(shapes[name]), (0,) * values.ndim)}, rules, reader)
         parameter = slots.tensors[name]

@@ -6,7 +6,7 @@ each is gathered whole, one at a time, by DeepSpeed's own `safe_get_full_*`, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,10 +193,14 @@ def _refuse_misfits(layout: DeepSpeedLayout, stored: dict[str, StoredTensor], fo
         raise CheckpointError(f"{folder} does not fit: {'; '.join(problems[:20])}{more}")
 
 
-def full_tensors(layout: DeepSpeedLayout) -> Iterator[tuple[str, Tensor]]:
+def full_tensors(
+    layout: DeepSpeedLayout, names: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) in the model's order, one gathered at a time; empty on other ranks than 0."""
     placed = layout.placed
     for name in placed.whole_shapes:
+        if names is not None and name not in names:
+            continue
         tensor = placed.buffers[name] if name in placed.buffers else placed.parameters[name]
         with layout.gathered(tensor) if isinstance(tensor, nn.Parameter) else nullcontext():
             first = tensor.detach()

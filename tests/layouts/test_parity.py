@@ -22,6 +22,10 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "adamw": ({"optimizer": {"name": "adamw", "lr": 1e-4}}, 1e-2 * 1e-4 * 5),
     "lomo": ({"optimizer": {"name": "lomo", "lr": 0.1, "clip_grad_norm": 0.5}}, 1e-6),
     "adalomo": ({"optimizer": {"name": "adalomo", "lr": 1e-4}}, 1e-2 * 1e-4 * 5),
+    "lora": (
+        {"adapters": [{"name": "lora", "r": 4}], "optimizer": {"name": "adamw", "lr": 1e-4}},
+        1e-2 * 1e-4 * 5,
+    ),
 }
 #: one micro-batch a step and no norm: the update inside the backward pass
 IN_HOOKS = {"optimizer": {"name": "lomo", "lr": 0.1}, "train": {"gradient_accumulation_steps": 1}}

@@ -45,9 +45,10 @@ def losses(out: Path) -> list[float]:
 
 
 def weights(out: Path) -> dict[str, Tensor]:
-    """The exported weights."""
+    """The exported weights, of the model or the adapter."""
     found: dict[str, Tensor] = {}
-    for path in sorted((out / "model").glob("*.safetensors")):
+    folder = out / ("model" if (out / "model").is_dir() else "adapter")
+    for path in sorted(folder.glob("*.safetensors")):
         found |= load_file(path)
     return found
 

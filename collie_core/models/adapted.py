@@ -1,0 +1,101 @@
+"""Linears that adapters change, in a form that every layout can cut.
+
+An adapter's own parameters are children of the linear, so the model's keep their names:
+`blocks.0.attention.q_proj.weight` and `blocks.0.attention.q_proj.adapters.default.lora_A`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from collie_core.errors import PluginError
+
+
+class Delta(nn.Module):
+    """What one adapter does to the product of a linear; its parameters are direct ones, of no child.
+
+    along_outputs, along_inputs: parameter -> the dimension of it that goes with the linear's outputs, or
+    inputs, and is cut where they are.  All others are whole on every rank, and their gradients are summed.
+    """
+
+    along_outputs: Mapping[str, int] = {}
+    along_inputs: Mapping[str, int] = {}
+
+    def forward(self, x: Tensor, product: Tensor, linear: AdaptedLinear) -> Tensor:
+        """product (..., outputs), of x (..., inputs) with the weight and with earlier deltas -> the new one.
+
+        Where a rank has a part of the inputs, the results of all ranks are added up afterwards: it must be
+        linear in x.  `linear.sum_over_inputs` completes a sum over the inputs.
+        """
+        raise NotImplementedError
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """The weight (outputs, inputs), fp32, whose product is what `forward` makes of this weight's."""
+        raise NotImplementedError
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear with `adapters`, deltas by the adapter's name, in order; the bias is added after them."""
+
+    adapters: nn.ModuleDict
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        self.adapters = nn.ModuleDict()
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (..., inputs) -> (..., outputs), without the bias."""
+        out = F.linear(x, self.weight)
+        for delta in self.adapters.values():
+            out = delta(x, out, self)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., inputs) -> (..., outputs)."""
+        if not self.adapters:
+            return F.linear(x, self.weight, self.bias)
+        out = self.product(x)
+        return out if self.bias is None else out + self.bias
+
+    def sum_over_inputs(self, partial: Tensor) -> Tensor:
+        """A sum over the inputs that this rank has, completed over all of them."""
+        return partial
+
+
+def add_delta(model: nn.Module, path: str, name: str, delta: Delta) -> None:
+    """Let adapter `name` change the linear at `path`.  Raises PluginError where there already is one."""
+    linear = model.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    if not isinstance(linear, AdaptedLinear):
+        plain, linear = linear, AdaptedLinear(linear.in_features, linear.out_features)
+        linear.weight, linear.bias = plain.weight, plain.bias
+        _put(model, path, linear)
+    if name in linear.adapters:
+        raise PluginError(f"{path} already has an adapter named {name!r}")
+    linear.adapters[name] = delta
+
+
+def merge_deltas(model: nn.Module, name: str) -> None:
+    """Fold the deltas of adapter `name` into the weights; linears with no other are plain again."""
+    for path, linear in list(model.named_modules()):
+        if not isinstance(linear, AdaptedLinear) or name not in linear.adapters:
+            continue
+        delta = linear.adapters[name]
+        assert isinstance(delta, Delta)
+        weight = linear.weight.detach()
+        merged = delta.merge(weight.float()).to(weight.dtype)
+        # another tensor: the old one may be a page of a file, or tied
+        linear.weight = nn.Parameter(merged, linear.weight.requires_grad)
+        del linear.adapters[name]
+        if not linear.adapters:
+            plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+            plain.weight, plain.bias = linear.weight, linear.bias
+            _put(model, path, plain)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)

@@ -1,0 +1,64 @@
+"""Folders of adapters: which plugin reads one, and which model it is for.
+
+A folder is one of an adapter where it holds `adapter_config.json` (the layout of peft), whose `peft_type`,
+in lower case, is the adapter plugin's name, as `model_type` is the model plugin's in a `config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from collie_core.errors import CheckpointError
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """An adapter plugin by name, and its options; `{"path": folder}` where its folder says the rest."""
+
+    name: str
+    options: Mapping[str, Any]
+
+
+def adapter_folders(folder: Path) -> list[Path]:
+    """`folder`, where it is an adapter's, else those in it that are."""
+    if (folder / ADAPTER_FILE).is_file():
+        return [folder]
+    return sorted(file.parent for file in folder.glob(f"*/{ADAPTER_FILE}"))
+
+
+def read_adapters(folders: list[Path]) -> tuple[str, tuple[AdapterSpec, ...]]:
+    """(path or hub id of the model that they are for, the adapters).
+
+    Raises CheckpointError for an unreadable config, or adapters of different models.
+    """
+    specs = []
+    bases: dict[str, Path] = {}
+    for folder in folders:
+        content = _read(folder / ADAPTER_FILE)
+        values = [content.get(key) for key in ("peft_type", "base_model_name_or_path")]
+        for key, value in zip(("peft_type", "base_model_name_or_path"), values, strict=True):
+            if not isinstance(value, str) or not value:
+                raise CheckpointError(f"{folder / ADAPTER_FILE}: {key}: expected a name, got {value!r}")
+        kind, base = map(str, values)
+        bases[base] = folder
+        specs.append(AdapterSpec(kind.lower(), {"path": str(folder)}))
+    if len(bases) > 1:
+        told = ", ".join(f"{folder} is for {base}" for base, folder in bases.items())
+        raise CheckpointError(f"these adapters do not belong together: {told}")
+    return next(iter(bases)), tuple(specs)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

@@ -1,0 +1,7 @@
+"""Adapters in the layout of peft: `adapters: [{name: lora, r: 8}]`.  Importing this imports no torch."""
+
+from __future__ import annotations
+
+from collie_methods.lora.plugin import LoraPlugin
+
+__all__ = ["LoraPlugin"]

@@ -1,0 +1,103 @@
+"""What a config selects: `adapters: [{name: lora, r: 8}]`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from collie_core.errors import Refusal
+from collie_core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from collie_core.hookspecs import Adapter
+    from collie_core.run import Run
+
+#: options that a folder of `path` may be trained further with
+_BESIDE_PATH = ("path", "adapter_name", "lora_dropout", "loraplus_lr_ratio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Keys of an entry of `adapters:`, by peft's names.
+
+    r: the rank.  lora_alpha: the change of a weight is B A times lora_alpha / r (use_rslora: / sqrt(r)).
+    target_modules: `all-linear`, `attention` or `mlp`, the linears of the blocks or some of them, whatever
+    the family calls them; or names or patterns of modules, such as q_proj or blocks.0.*.
+    lora_dropout: of what goes into A.  use_dora: the length of each row of the weight is trained apart.
+    init_lora_weights: of A, B being 0: `default` (uniform) or `gaussian`; `pissa` (the largest singular
+    values of the weight) or `pissa_niter_4` (the same, found in so many iterations).
+    loraplus_lr_ratio: the learning rate of B over that of A.
+    adapter_name: tells several adapters apart.  path: the folder of an adapter to go on with, which then
+    says rank, modules and all else.
+    """
+
+    r: Annotated[int, Field(ge=1)] = 8
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: Annotated[str, Field(pattern=r"^(default|gaussian|pissa(_niter_[1-9]\d*)?)$")] = (
+        "default"
+    )
+    loraplus_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
+    adapter_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "default"
+    path: str | None = None
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied with; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732."""
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+class LoraPlugin:
+    """LoRA (Hu et al. 2021, arXiv 2106.09685), with rsLoRA, DoRA, LoRA+ and PiSSA."""
+
+    collie_api = 1
+    default_lr_factor = 10.0  # Schulman and Thinking Machines 2025, "LoRA Without Regret"
+    Options = LoraOptions
+
+    def __init__(self, options: LoraOptions) -> None:
+        self.options = options
+
+    @hookimpl
+    def collie_check(self, run: Run) -> list[str]:
+        """Options that contradict each other, or the layout."""
+        options, found = self.options, same_names(run)
+        if options.path is not None:
+            default = LoraOptions()
+            for field in dataclasses.fields(options):
+                if field.name not in _BESIDE_PATH and getattr(options, field.name) != getattr(
+                    default, field.name
+                ):
+                    found.append(f"{field.name}: the folder of path says it; leave it out")
+        config = run.config
+        partitioned = config.layout.name == "deepspeed" and config.layout.options.get("zero_stage") == 3
+        if partitioned and (options.use_dora or options.init_lora_weights.startswith("pissa")):
+            key = "use_dora" if options.use_dora else "init_lora_weights: pissa"
+            found.append(
+                Refusal(
+                    f"adapter lora with {key} and layout deepspeed with zero_stage 3",
+                    "it looks at whole weights, which DeepSpeed has cut",
+                    {"layout": {"name": "native", "zero_stage": 3}},
+                    "set layout to {name: native, zero_stage: 3}, or zero_stage to 2",
+                )
+            )
+        return found
+
+    @hookimpl
+    def collie_adapter(self, run: Run) -> Adapter:
+        """The adapter of this run."""
+        from collie_methods.lora.adapter import LoraAdapter
+
+        return LoraAdapter(self.options, run)
+
+
+def same_names(run: Run) -> list[str]:
+    """Every adapter of a run needs a name of its own."""
+    names = [section.options.get("adapter_name", "default") for section in run.config.adapters]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    return [f"adapter_name: {twice!r} is the name of two adapters; give one another"] if twice else []
