@@ -227,6 +227,7 @@ def match_weights(
     wanted = [
         rule for rule in wanted if not slots.is_copy(rule) or all(name in reader for name in rule.sources)
     ]
+    _refuse_quantised(slots, wanted, reader)
     known = {name for rule in rules for name in rule.sources}
     problems = {
         "missing": [name for rule in wanted for name in rule.sources if name not in reader],
@@ -246,6 +247,26 @@ def match_weights(
         lines = [f"\n  {kind}: {_listed(names)}" for kind, names in problems.items() if names]
         raise CheckpointError(f"{reader.folder}: the weights do not fit the config{''.join(lines)}")
     return wanted
+
+
+def _refuse_quantised(slots: Slots, rules: Sequence[WeightRule], reader: Reader) -> None:
+    """Weights of 8 bits or fewer, or packed into whole numbers, where the module computes with floats."""
+    found = {
+        name: reader.dtype(name)
+        for rule in rules
+        for name in rule.sources
+        if name in reader and all(slots.tensors[target].dtype.is_floating_point for target in rule.targets)
+    }
+    quantised = [
+        f"{name} ({str(dtype).removeprefix('torch.')})"
+        for name, dtype in found.items()
+        if not dtype.is_floating_point or dtype.itemsize == 1
+    ]
+    if quantised:
+        raise CheckpointError(
+            f"{reader.folder}: the weights are quantised, which is not supported; load the checkpoint that "
+            f"they were made from: {_listed(quantised)}"
+        )
 
 
 def _check_rules(slots: Slots, rules: Sequence[WeightRule], added: Collection[str]) -> None:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from collie_core.hookspecs import hookimpl
+from collie_models.decoder.family import DecoderFamily, lazily
 
 if TYPE_CHECKING:
     from collie_core.hookspecs import ModelProvider
-    from collie_core.run import Run
     from collie_models.chatglm.provider import ChatGLM2ForCausalLM
     from collie_models.chatglm.provider_v1 import ChatGLMForCausalLM
 
 __all__ = ["ChatGLM", "ChatGLM2ForCausalLM", "ChatGLMForCausalLM"]
 
 
-class ChatGLM:
+class ChatGLM(DecoderFamily):
     """ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B."""
 
-    collie_api = 1
     supports = ("flash", "tp", "pp", "export as glm (not ChatGLM-6B)")
     checkpoints = (
         {
@@ -45,13 +42,6 @@ class ChatGLM:
         },
     )
 
-    @dataclass(frozen=True)
-    class Options:
-        """It has no options."""
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
-
     @hookimpl
     def collie_model_provider(self, checkpoint: Any) -> ModelProvider:
         """The provider of one of the two architectures that share the model_type, by the config's keys."""
@@ -59,21 +49,10 @@ class ChatGLM:
 
         return provider_for(checkpoint.config)
 
-    @hookimpl
-    def collie_check(self, run: Run) -> Sequence[str]:
-        """Refuse records that are longer than the model has positions."""
-        from collie_models.decoder.model import position_problems
 
-        return position_problems(run)
-
-
-def __getattr__(name: str) -> Any:
-    if name == "ChatGLMForCausalLM":
-        from collie_models.chatglm.provider_v1 import ChatGLMForCausalLM
-
-        return ChatGLMForCausalLM
-    if name == "ChatGLM2ForCausalLM":
-        from collie_models.chatglm.provider import ChatGLM2ForCausalLM
-
-        return ChatGLM2ForCausalLM
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    {
+        "ChatGLMForCausalLM": "collie_models.chatglm.provider_v1",
+        "ChatGLM2ForCausalLM": "collie_models.chatglm.provider",
+    }
+)

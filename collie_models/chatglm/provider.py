@@ -8,21 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from collie_core.plugin import ConfigError, Ignore, ParallelPlan, Relative, Rename, Split, WeightRule
+from collie_core.plugin import ConfigError, Ignore, Relative, Rename, Split, WeightRule
 from collie_models.chatglm.provider_v1 import ChatGLMProvider
 from collie_models.decoder.config import DecoderConfig
 from collie_models.decoder.config_reader import ConfigReader
 from collie_models.decoder.llama_names import llama_weight_map
 from collie_models.decoder.model import Decoder
-from collie_models.decoder.plan import decoder_parallel_plan
+from collie_models.decoder.provider import DecoderProvider
 from collie_models.decoder.relatives import shared_keys
 from collie_models.decoder.rope_scaling import Linear, Unscaled
 from collie_models.decoder.rotary import Rotary
-from collie_models.decoder.transformers_keys import TRANSFORMERS_KEYS
 
 if TYPE_CHECKING:
     from collie_core.hookspecs import ModelProvider
-    from collie_core.ops import Ops
 
 _log = logging.getLogger(__name__)
 
@@ -41,13 +39,12 @@ _KEYS = (
 )
 #: key -> the values that are computed here
 _ONLY = {
-    "attention_dropout": (0, 0.0),
-    "hidden_dropout": (0, 0.0),
     "fp32_residual_connection": (False,),
     "pre_seq_len": (0,),
     "prefix_projection": (False,),
     "quantization_bit": (0,),
-    "quantization_config": (),
+    "interleaved_qkv": (False,),
+    "rotary_percent": (0.5,),
 }
 
 
@@ -79,22 +76,20 @@ class ChatGLM2ForCausalLM(Decoder):
     """A ChatGLM2 or 3.  `from_pretrained` reads a folder or hub repository in Hugging Face layout."""
 
 
-class ChatGLM2Provider:
+class ChatGLM2Provider(DecoderProvider):
     """What the engine knows of ChatGLM2-6B and ChatGLM3-6B (https://github.com/THUDM/ChatGLM2-6B)."""
 
-    template: str | None = None
-
-    @property
-    def export_as(self) -> Mapping[str, Relative]:
-        """Glm, where the options are those of the released models."""
-        return {"glm": Relative(lambda hf: as_glm(self.read_config(hf), hf), glm_weight_map)}
+    model_class = ChatGLM2ForCausalLM
+    export_as: Mapping[str, Relative] = {  # where the options are those of the released models
+        "glm": Relative(
+            lambda hf: as_glm(ChatGLM2Provider().read_config(hf), hf), lambda config: glm_weight_map(config)
+        )
+    }
 
     def read_config(self, hf_config: Mapping[str, Any]) -> ChatGLM2Config:
         """Every option of the original that changes a result.  Raises ConfigError for an unknown key."""
         config = ConfigReader(hf_config, "ChatGLM2: ")
-        config.refuse_others([*_KEYS, *_ONLY, *TRANSFORMERS_KEYS])
-        for key, neutral in _ONLY.items():
-            config.refuse_unless(key, *neutral)
+        config.refuse_unknown(_KEYS, _ONLY)
         heads, width = config.integer("num_attention_heads", 32), config.integer("kv_channels", 128)
         grouped = config.flag("multi_query_attention", False)
         groups = config.integer("multi_query_group_num", 1) if grouped else heads
@@ -133,17 +128,9 @@ class ChatGLM2Provider:
             pad_token_id=config.token("pad_token_id", 0),
         )
 
-    def build(self, config: DecoderConfig, ops: Ops) -> ChatGLM2ForCausalLM:
-        """The module; see `ModelProvider.build`."""
-        return ChatGLM2ForCausalLM(config, ops)
-
     def weight_map(self, config: ChatGLM2Config) -> Sequence[WeightRule]:
         """query_key_value holds queries, then keys, then values; without multi-query, those of each head."""
         return list(_rules(config))
-
-    def parallel_plan(self, config: DecoderConfig) -> ParallelPlan:
-        """Attention by heads, MLP by its inner width, embedding and head by vocabulary."""
-        return decoder_parallel_plan(config)
 
     def tokenizer(self, path: Path) -> Any:
         """The tokenizer in a folder; see `collie_models.chatglm.tokenizer_v2`."""

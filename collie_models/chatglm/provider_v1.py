@@ -12,14 +12,13 @@ from torch import Tensor
 
 from collie_core.errors import UserError
 from collie_core.ops.attention import dense_mask
-from collie_core.plugin import ConfigError, Context, Ignore, ParallelPlan, Relative, Rename, Split, WeightRule
+from collie_core.plugin import ConfigError, Context, Ignore, Rename, Split, WeightRule
 from collie_models.decoder.config import DecoderConfig
 from collie_models.decoder.config_reader import ConfigReader
 from collie_models.decoder.model import Decoder
-from collie_models.decoder.plan import decoder_parallel_plan
+from collie_models.decoder.provider import DecoderProvider
 from collie_models.decoder.rope_scaling import HalfPrecision
 from collie_models.decoder.rotary import Rotary2D
-from collie_models.decoder.transformers_keys import TRANSFORMERS_KEYS
 
 if TYPE_CHECKING:
     from collie_core.models.causal_lm import CausalLMOutput
@@ -39,7 +38,6 @@ _ONLY = {
     "prefix_projection": (False,),
     "quantization_bit": (0,),
     "quantization_embeddings": (False,),
-    "quantization_config": (),
 }
 
 
@@ -146,18 +144,15 @@ def _first(found: Tensor, place: Tensor, records: Tensor, count: int) -> Tensor:
     return table.scatter_reduce(1, records, places, "amin").gather(1, records)
 
 
-class ChatGLMProvider:
+class ChatGLMProvider(DecoderProvider):
     """What the engine knows of ChatGLM-6B (https://github.com/THUDM/ChatGLM-6B)."""
 
-    template: str | None = None
-    export_as: Mapping[str, Relative] = {}
+    model_class = ChatGLMForCausalLM
 
     def read_config(self, hf_config: Mapping[str, Any]) -> ChatGLMConfig:
         """Raises ConfigError for an unknown key, for quantised and for prefix-tuned checkpoints."""
         config = ConfigReader(hf_config, "ChatGLM-6B: ")
-        config.refuse_others([*_KEYS, *_ONLY, *TRANSFORMERS_KEYS])
-        for key, neutral in _ONLY.items():
-            config.refuse_unless(key, *neutral)
+        config.refuse_unknown(_KEYS, _ONLY)
         hidden, heads = config.integer("hidden_size", 4096), config.integer("num_attention_heads", 32)
         if hidden % (4 * heads):
             raise ConfigError(
@@ -190,17 +185,9 @@ class ChatGLMProvider:
             gmask_token_id=config.integer("gmask_token_id", 150001),
         )
 
-    def build(self, config: ChatGLMConfig, ops: Ops) -> ChatGLMForCausalLM:
-        """The module; see `ModelProvider.build`."""
-        return ChatGLMForCausalLM(config, ops)
-
     def weight_map(self, config: ChatGLMConfig) -> Sequence[WeightRule]:
         """query_key_value holds, for each head, its query, key and value; a tied head is stored as well."""
         return list(_rules(config))
-
-    def parallel_plan(self, config: ChatGLMConfig) -> ParallelPlan:
-        """Attention by heads, MLP by its inner width, embedding and head by vocabulary."""
-        return decoder_parallel_plan(config)
 
     def tokenizer(self, path: Path) -> Any:
         """The tokenizer in a folder; see `collie_models.chatglm.tokenizer_v1`."""

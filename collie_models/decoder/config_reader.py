@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from collie_core.plugin import ConfigError, nearest
+from collie_models.decoder.config_keys import HARMLESS, NEUTRAL
 
 T = TypeVar("T")
 
@@ -59,8 +60,30 @@ class ConfigReader:
         if key in self.content and self.content[key] is not None and self.content[key] not in neutral:
             raise ConfigError(f"{self.where}{key}: {self.content[key]!r} is not supported")
 
+    def refuse_unknown(self, own: Iterable[str], only: Mapping[str, tuple[Any, ...]]) -> None:
+        """Refuse every key of a config.json that is neither read nor known to change nothing.
+
+        own: the keys that the family reads.  only: key -> the values that are computed, or change nothing;
+        these are NEUTRAL's for other keys.
+        """
+        own, only = set(own), {**NEUTRAL, **only}
+        for key in self.content:
+            if key in own or key in HARMLESS or self._of_unused_windows(key):
+                continue
+            if key not in only:
+                hint = nearest(key, [*own, *only, *HARMLESS]) or "; take it out if it changes nothing"
+                raise ConfigError(f"{self.where}unknown key {key!r}{hint}")
+            self.refuse_unless(key, *only[key])
+
+    def _of_unused_windows(self, key: str) -> bool:
+        """A window that is not used, or layers that all see everything before them."""
+        if key == "layer_types":
+            types = self.content[key]
+            return isinstance(types, list) and set(map(str, types)) <= {"full_attention"}
+        return key == "sliding_window" and self.content.get("use_sliding_window") is False
+
     def refuse_others(self, known: Iterable[str]) -> None:
-        """Refuse every key that is not known."""
+        """Refuse every key of a mapping within the config that is not known."""
         known = list(known)
         for key in self.content:
             if key not in known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokenizerBase
 
+from collie_core.plugin import UserError
 from collie_models.decoder.spm_tokenizer import NAMED, token_text
 
 Piece = tuple[str, int, int]  # a token and the characters (start, end) that it stands for
@@ -101,12 +103,19 @@ class SentencePieceTokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
         return str(self._model.decode_pieces(tokens)) if tokens else ""
 
 
-class PythonTokenizer(FamilyTokenizer, PreTrainedTokenizer):
-    """A tokenizer in Python, for what `tokenizers` cannot do, that knows the characters of its tokens."""
+class PythonTokenizer(FamilyTokenizer, PreTrainedTokenizer, ABC):
+    """A tokenizer in Python, for what `tokenizers` cannot do, that knows the characters of its tokens.
 
+    Its vocabulary is the checkpoint's: `add_tokens` raises UserError for others.
+    """
+
+    @abstractmethod
     def pieces(self, text: str) -> list[Piece]:
         """The tokens of a text, special tokens found in it included."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def get_vocab(self) -> dict[str, int]:
+        """Every token with its id."""
 
     def tokenize(self, text: str, *args: Any, **options: Any) -> list[str]:
         """The tokens of a text, without those that are added around it."""
@@ -117,15 +126,11 @@ class PythonTokenizer(FamilyTokenizer, PreTrainedTokenizer):
         found = self(text, return_offsets_mapping=True)
         return list(found["input_ids"]), list(found["offset_mapping"])
 
-    def get_vocab(self) -> dict[str, int]:
-        """Every token with its id."""
-        raise NotImplementedError
-
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         vocabulary = self.get_vocab()
         for token in new_tokens or []:
             if str(token) not in vocabulary:
-                raise NotImplementedError(f"{type(self).__name__}: {str(token)!r} is not in its vocabulary")
+                raise UserError(f"{type(self).__name__}: {str(token)!r} is not in its vocabulary")
         return int(super()._add_tokens(new_tokens, special_tokens=special_tokens))
 
     def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **options: Any) -> BatchEncoding:
@@ -136,7 +141,7 @@ class PythonTokenizer(FamilyTokenizer, PreTrainedTokenizer):
         found: BatchEncoding = super()._encode_plus(text, text_pair, *args, **options)
         if wanted:
             if text_pair is not None or options.get("return_tensors") is not None:
-                raise NotImplementedError("return_offsets_mapping needs single texts, without return_tensors")
+                raise UserError("return_offsets_mapping needs single texts, without return_tensors")
             found["offset_mapping"] = self._offsets(text, found["input_ids"], options)
         return found
 

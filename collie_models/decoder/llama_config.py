@@ -24,36 +24,34 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
 }
 
+LLAMA_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range"),
+    *("rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias", "rope_theta", "rope_scaling"),
+    *("rope_parameters", "original_max_position_embeddings"),
+)
 #: Keys of LLaMA's descendants that would change the result, with the values that change nothing.
-UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "attention_dropout": (0, 0.0),
-    "partial_rotary_factor": (1, 1.0),
-    "quantization_config": (),
-    "sliding_window": (),
-    "attn_logit_softcapping": (),
-    "final_logit_softcapping": (),
-    "embedding_multiplier": (1, 1.0),
+LLAMA_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "activation": ("swiglu",),  # Falcon 3's word for a gated MLP with silu
     "attention_multiplier": (),
-    "residual_multiplier": (1, 1.0),
-    "logits_scaling": (1, 1.0),
+    "embedding_multiplier": (1,),
+    "logits_scaling": (1,),
+    "residual_multiplier": (1,),
 }
 
 
 def read_llama_config(
     hf_config: Mapping[str, Any],
-    unsupported: Mapping[str, tuple[Any, ...]] = UNSUPPORTED,
     max_positions: int = 2048,
     head_dim: int | None = None,
 ) -> DecoderConfig:
     """The decoder that a config in LLaMA's terms describes, in both spellings of transformers (4: rope_theta,
     rope_scaling; 5: rope_parameters).
 
-    unsupported: keys that are refused unless their value is listed.  max_positions: of a config that does
-    not state it.  head_dim: the same; None: hidden_size / num_attention_heads.  Raises ConfigError.
+    max_positions: of a config that does not state it.  head_dim: the same; None: hidden_size /
+    num_attention_heads.  Raises ConfigError for wrong values; `refuse_unknown` is the family's to call.
     """
     config = ConfigReader(hf_config)
-    for key, neutral in unsupported.items():
-        config.refuse_unless(key, *neutral)
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     if head_dim is None and hf_config.get("head_dim") is None and hidden % heads:
         raise ConfigError(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")

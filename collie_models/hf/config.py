@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from collie_core.plugin import ConfigError, nearest
-
-_log = logging.getLogger(__name__)
+from collie_models.decoder.config_reader import ConfigReader
 
 #: Keys that say that there are experts, whose routing has a loss of its own.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "router_aux_loss_coef")
@@ -38,7 +36,10 @@ def read_config(hf_config: Mapping[str, Any]) -> PreTrainedConfig:
         reason = " ".join(str(error).split())
         raise ConfigError(f"transformers' {kind.__name__} refuses it: {reason}") from None
     _refuse_config(name, config)
-    _warn_of_unknown(kind, content)
+    default = kind()
+    activations = tuple(getattr(config, key) for key in _ACTIVATIONS if hasattr(default, key))
+    only = {**_ONLY, **dict.fromkeys(_ACTIVATIONS, activations)}
+    ConfigReader(content).refuse_unknown(_known(default, content), only)
     return config
 
 
@@ -72,19 +73,36 @@ def _refuse_config(name: str, config: PreTrainedConfig) -> None:
             )
 
 
-def _warn_of_unknown(kind: type[PreTrainedConfig], content: Mapping[str, Any]) -> None:
-    """Unknown keys may be misspelt; but configs on the hub have many, so none is refused."""
-    known = {*kind().to_dict(), *kind.attribute_map, *_OF_OLDER_VERSIONS}
-    unknown = sorted(key for key in content if key not in known)
-    if unknown:
-        _log.warning("config.json: transformers' %s does not know %s", kind.__name__, ", ".join(unknown))
+def _known(default: PreTrainedConfig, content: Mapping[str, Any]) -> list[str]:
+    """The keys that the library reads into its config, those of older versions included."""
+    known = [key for key in content if hasattr(default, key) or key in default.attribute_map]
+    rope = [key for key in _ROPE if hasattr(default, "rope_parameters")]
+    return [*known, *default.to_dict(), *rope, *_OLDER.get(default.model_type, ())]
 
 
-#: Keys that the library reads or wrote in some version, and that its configs do not show.
-_OF_OLDER_VERSIONS = frozenset(
-    "torch_dtype dtype transformers_version _name_or_path rope_theta rope_scaling tie_word_embeddings "
-    "use_cache task_specific_params n_ctx summary_type summary_use_proj summary_activation "
-    "summary_first_dropout summary_proj_to_labels sliding_window_pattern _attn_implementation "
-    "cache_implementation hidden_act max_window_layers partial_rotary_factor rope_local_base_freq "
-    "bos_token_id eos_token_id pad_token_id decoder_start_token_id sep_token_id prefix torchscript".split()
-)
+#: How older versions spelt the entries of rope_parameters, which the library still reads.
+_ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+#: Of these a class knows one, and checkpoints may state it under another of the names as well.
+_ACTIVATIONS = ("activation_function", "hidden_act", "hidden_activation")
+#: model_type -> the same for one family
+_OLDER: Mapping[str, tuple[str, ...]] = {
+    "falcon": ("n_embed",),
+    "gpt_bigcode": (  # of its own inference
+        *("inference_runner", "max_batch_size", "pad_key_length", "pre_allocate_kv_cache"),
+        "validate_runner_input",
+    ),
+    "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
+    "gpt_neox": ("rotary_emb_base", "rotary_pct"),
+}
+#: key -> the values with which the library computes the same as if the key were not there.  What the config
+#: classes of older versions had, and what checkpoints say of their layers that the library knows anyway.
+_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "apply_residual_connection_post_layernorm": (False,),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
+    "lm_head_bias": (False,),
+    "mlp_type": ("default",),
+    "norm_type": ("layer_norm",),
+    "rotary": (True,),
+    "scale_attn_weights": (True,),
+}

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from collie_core.hookspecs import hookimpl
+from collie_models.decoder.family import DecoderFamily, lazily
 
 if TYPE_CHECKING:
-    from collie_core.hookspecs import ModelProvider
     from collie_models.internlm.provider import InternLM2ForCausalLM, InternLMForCausalLM
 
 __all__ = ["InternLM", "InternLM2", "InternLM2ForCausalLM", "InternLMForCausalLM"]
 
 
-class InternLM:
+class InternLM(DecoderFamily):
     """InternLM."""
 
-    collie_api = 1
+    provider = "collie_models.internlm.provider:InternLMProvider"
     supports = ("flash", "tp", "pp", "export as llama")
     checkpoints = (
         {
@@ -47,25 +45,11 @@ class InternLM:
         },
     )
 
-    @dataclass(frozen=True)
-    class Options:
-        """It has no options."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-
-    @hookimpl
-    def collie_model_provider(self) -> ModelProvider:
-        """The provider; it is the same for every checkpoint of the family."""
-        from collie_models.internlm.provider import InternLMProvider
-
-        return InternLMProvider()
-
-
-class InternLM2:
+class InternLM2(DecoderFamily):
     """InternLM2."""
 
-    collie_api = 1
+    provider = "collie_models.internlm.provider:InternLM2Provider"
     supports = ("flash", "tp", "pp", "export as llama")
     checkpoints = (
         {
@@ -90,24 +74,10 @@ class InternLM2:
         },
     )
 
-    @dataclass(frozen=True)
-    class Options:
-        """It has no options."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-
-    @hookimpl
-    def collie_model_provider(self) -> ModelProvider:
-        """The provider; it is the same for every checkpoint of the family."""
-        from collie_models.internlm.provider import InternLM2Provider
-
-        return InternLM2Provider()
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("InternLMForCausalLM", "InternLM2ForCausalLM"):
-        from collie_models.internlm import provider
-
-        return getattr(provider, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    {
+        "InternLMForCausalLM": "collie_models.internlm.provider",
+        "InternLM2ForCausalLM": "collie_models.internlm.provider",
+    }
+)

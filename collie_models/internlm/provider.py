@@ -17,13 +17,11 @@ from collie_models.decoder.provider import LlamaLikeProvider
 from collie_models.decoder.relatives import shared_keys
 from collie_models.decoder.rope_scaling import Dynamic
 from collie_models.decoder.rotary import Rotary
-from collie_models.decoder.transformers_keys import TRANSFORMERS_KEYS
 
 _KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
     *("tie_word_embeddings", "bias", "rope_theta", "rope_scaling"),
-    *("attn_implementation", "pretraining_tp"),  # which kernel, and in how many parts; they change nothing
 )
 _DEFAULTS: Mapping[str, Any] = {
     "hidden_size": 4096,
@@ -56,7 +54,7 @@ class InternLMProvider(LlamaLikeProvider):
         """`bias` (true where absent) is that of q, k, v and o.  `rotary` {base, type, scaling_factor} spells
         rope_theta and rope_scaling as the code of 2023 did.  Raises ConfigError for an unknown key.
         """
-        ConfigReader(hf_config).refuse_others([*_KEYS, "rotary", *TRANSFORMERS_KEYS])
+        ConfigReader(hf_config).refuse_unknown([*_KEYS, "rotary"], {})
         content = {"vocab_size": 103168, "pad_token_id": 0, **_DEFAULTS, **hf_config, **_rotary(hf_config)}
         heads, kv_heads = content["num_attention_heads"], content.get("num_key_value_heads")
         if kv_heads not in (None, heads):
@@ -86,7 +84,7 @@ class InternLM2Provider(LlamaLikeProvider):
 
     def read_config(self, hf_config: Mapping[str, Any]) -> DecoderConfig:
         """`bias` (true where absent) is that of wqkv and wo.  Raises ConfigError for an unknown key."""
-        ConfigReader(hf_config).refuse_others([*_KEYS, *TRANSFORMERS_KEYS])
+        ConfigReader(hf_config).refuse_unknown(_KEYS, {})
         return _with_bias({"vocab_size": 103168, "pad_token_id": 0, **_DEFAULTS, **hf_config})
 
     def weight_map(self, config: DecoderConfig) -> Sequence[WeightRule]:
@@ -138,7 +136,7 @@ def _rotary(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_bias(content: Mapping[str, Any]) -> DecoderConfig:
     bias = ConfigReader(content).flag("bias", True)
-    return replace(read_llama_config(content, {}), qkv_bias=bias, attention_output_bias=bias)
+    return replace(read_llama_config(content), qkv_bias=bias, attention_output_bias=bias)
 
 
 def as_llama(config: DecoderConfig, hf_config: Mapping[str, Any]) -> dict[str, Any]:

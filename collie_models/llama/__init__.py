@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from collie_core.hookspecs import hookimpl
+from collie_models.decoder.family import DecoderFamily, lazily
 
 if TYPE_CHECKING:
-    from collie_core.hookspecs import ModelProvider
     from collie_models.llama.provider import LlamaForCausalLM
 
 __all__ = ["Llama", "LlamaForCausalLM"]
 
 
-class Llama:
+class Llama(DecoderFamily):
     """LLaMA 1, 2 and 3, and OpenLLaMA."""
 
-    collie_api = 1
+    provider = "collie_models.llama.provider:LlamaProvider"
     supports = ("flash", "tp", "pp")
     checkpoints = (
         {"name": "openlm-research/open_llama_3b", "parameters": "3.4B"},
@@ -31,24 +29,5 @@ class Llama:
         {"name": "meta-llama/Llama-3.2-1B", "parameters": "1.2B", "licence": "Llama 3.2 Community License"},
     )
 
-    @dataclass(frozen=True)
-    class Options:
-        """It has no options."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-
-    @hookimpl
-    def collie_model_provider(self) -> ModelProvider:
-        """The provider; it is the same for every checkpoint of the family."""
-        from collie_models.llama.provider import LlamaProvider
-
-        return LlamaProvider()
-
-
-def __getattr__(name: str) -> Any:
-    if name == "LlamaForCausalLM":
-        from collie_models.llama.provider import LlamaForCausalLM
-
-        return LlamaForCausalLM
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily({"LlamaForCausalLM": "collie_models.llama.provider"})

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from collie_core.hookspecs import hookimpl
+from collie_models.decoder.family import DecoderFamily, lazily
 
 if TYPE_CHECKING:
-    from collie_core.hookspecs import ModelProvider
     from collie_models.mistral.provider import MistralForCausalLM
 
 __all__ = ["Mistral", "MistralForCausalLM"]
 
 
-class Mistral:
+class Mistral(DecoderFamily):
     """Mistral 7B and its dense relatives."""
 
-    collie_api = 1
+    provider = "collie_models.mistral.provider:MistralProvider"
     supports = ("flash", "tp", "pp", "sliding window")
     checkpoints = (
         {"name": "mistralai/Mistral-7B-v0.1", "parameters": "7.2B"},
@@ -27,24 +25,5 @@ class Mistral:
         {"name": "mistralai/Mistral-Nemo-Base-2407", "parameters": "12.2B"},
     )
 
-    @dataclass(frozen=True)
-    class Options:
-        """It has no options."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-
-    @hookimpl
-    def collie_model_provider(self) -> ModelProvider:
-        """The provider; it is the same for every checkpoint of the family."""
-        from collie_models.mistral.provider import MistralProvider
-
-        return MistralProvider()
-
-
-def __getattr__(name: str) -> Any:
-    if name == "MistralForCausalLM":
-        from collie_models.mistral.provider import MistralForCausalLM
-
-        return MistralForCausalLM
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily({"MistralForCausalLM": "collie_models.mistral.provider"})

@@ -9,11 +9,10 @@ from typing import Any
 
 from collie_models.decoder.config import DecoderConfig
 from collie_models.decoder.config_reader import ConfigReader
-from collie_models.decoder.llama_config import UNSUPPORTED, read_llama_config
+from collie_models.decoder.llama_config import LLAMA_KEYS, LLAMA_ONLY, read_llama_config
 from collie_models.decoder.model import Decoder
 from collie_models.decoder.provider import LlamaLikeProvider
 
-_UNSUPPORTED = {key: neutral for key, neutral in UNSUPPORTED.items() if key != "sliding_window"}
 #: What transformers takes where a config leaves it out; null means no window, and as many heads.
 _DEFAULTS: Mapping[str, Any] = {"num_key_value_heads": 8, "sliding_window": 4096}
 
@@ -29,8 +28,9 @@ class MistralProvider(LlamaLikeProvider):
 
     def read_config(self, hf_config: Mapping[str, Any]) -> DecoderConfig:
         """LLaMA's keys and `sliding_window`: positions that a query sees, itself included."""
+        ConfigReader(hf_config).refuse_unknown([*LLAMA_KEYS, "sliding_window"], LLAMA_ONLY)
         content = {**_DEFAULTS, **hf_config}
-        config = read_llama_config(content, _UNSUPPORTED, max_positions=131072)
+        config = read_llama_config(content, max_positions=131072)
         window = None
         if content["sliding_window"] is not None:
             window = ConfigReader(content).integer("sliding_window")

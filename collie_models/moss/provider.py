@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from collie_core.plugin import ConfigError, Ignore, ParallelPlan, Relative, Rename, Split, WeightRule
+from collie_core.plugin import ConfigError, Ignore, Relative, Rename, Split, WeightRule
 from collie_models.decoder.config import DecoderConfig
 from collie_models.decoder.config_reader import ConfigReader
 from collie_models.decoder.llama_config import ACTIVATIONS
 from collie_models.decoder.model import Decoder
-from collie_models.decoder.plan import decoder_parallel_plan
+from collie_models.decoder.provider import DecoderProvider
 from collie_models.decoder.relatives import shared_keys
 from collie_models.decoder.rotary import Rotary
-from collie_models.decoder.transformers_keys import TRANSFORMERS_KEYS
-
-if TYPE_CHECKING:
-    from collie_core.ops import Ops
 
 _BLOCKS = 4  # of the fused projection, which was trained on four devices
 
 _KEYS = (
-    *("vocab_size", "n_positions", "n_ctx", "n_embd", "n_layer", "n_head", "n_inner", "rotary_dim"),
+    *("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "rotary_dim"),
     *("activation_function", "layer_norm_epsilon", "initializer_range", "tie_word_embeddings"),
-    *("summary_activation", "summary_first_dropout", "summary_proj_to_labels"),  # of no part of this model
-    *("summary_type", "summary_use_proj"),
 )
 #: transformers' other names for the same
 _ALIASES = {
@@ -37,11 +31,7 @@ _ALIASES = {
 #: what the original computes in no other way, or what is not computed here
 _ONLY = {
     "scale_attn_weights": (True,),
-    "attn_pdrop": (0, 0.0),
-    "embd_pdrop": (0, 0.0),
-    "resid_pdrop": (0, 0.0),
     "wbits": (16, 32),
-    "quantization_config": (),
 }
 
 
@@ -49,22 +39,20 @@ class MossForCausalLM(Decoder):
     """A MOSS.  `from_pretrained` reads a folder or hub repository in Hugging Face layout."""
 
 
-class MossProvider:
+class MossProvider(DecoderProvider):
     """What the engine knows of MOSS (https://github.com/OpenLMLab/MOSS)."""
 
-    template: str | None = None
-
-    @property
-    def export_as(self) -> Mapping[str, Relative]:
-        """CodeGen, which has the same names."""
-        return {"codegen": Relative(lambda hf: as_codegen(self.read_config(hf), hf), self.weight_map)}
+    model_class = MossForCausalLM
+    export_as: Mapping[str, Relative] = {  # CodeGen has the same names
+        "codegen": Relative(
+            lambda hf: as_codegen(MossProvider().read_config(hf), hf), lambda config: list(_rules(config))
+        )
+    }
 
     def read_config(self, hf_config: Mapping[str, Any]) -> DecoderConfig:
         """GPT-J's blocks.  rotary_dim null turns the whole head.  Raises ConfigError for an unknown key."""
         stated = ConfigReader(hf_config)
-        stated.refuse_others([*_KEYS, *_ALIASES, *_ONLY, "groupsize", *TRANSFORMERS_KEYS])
-        for key, neutral in _ONLY.items():
-            stated.refuse_unless(key, *neutral)
+        stated.refuse_unknown([*_KEYS, *_ALIASES, "groupsize"], _ONLY)
         config = ConfigReader({_ALIASES.get(key, key): value for key, value in hf_config.items()})
         hidden, heads = config.integer("n_embd", 4096), config.integer("n_head", 16)
         if hidden % heads:
@@ -98,17 +86,9 @@ class MossProvider:
             pad_token_id=config.token("pad_token_id"),
         )
 
-    def build(self, config: DecoderConfig, ops: Ops) -> MossForCausalLM:
-        """The module; see `ModelProvider.build`."""
-        return MossForCausalLM(config, ops)
-
     def weight_map(self, config: DecoderConfig) -> Sequence[WeightRule]:
         """qkv_proj holds, for each of four blocks of heads, the queries, the values and the keys."""
         return list(_rules(config))
-
-    def parallel_plan(self, config: DecoderConfig) -> ParallelPlan:
-        """Attention by heads, MLP by its inner width, embedding and head by vocabulary."""
-        return decoder_parallel_plan(config)
 
     def tokenizer(self, path: Path) -> Any:
         """The tokenizer in a folder; see `collie_models.moss.tokenizer`."""

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from collie_core.hookspecs import hookimpl
+from collie_models.decoder.family import DecoderFamily, lazily
 
 if TYPE_CHECKING:
-    from collie_core.hookspecs import ModelProvider
     from collie_models.qwen.provider import Qwen2ForCausalLM, Qwen3ForCausalLM
 
 __all__ = ["Qwen2", "Qwen2ForCausalLM", "Qwen3", "Qwen3ForCausalLM"]
 
 
-class Qwen2:
+class Qwen2(DecoderFamily):
     """Qwen2 and Qwen2.5."""
 
-    collie_api = 1
+    provider = "collie_models.qwen.provider:Qwen2Provider"
     supports = ("flash", "tp", "pp")
     checkpoints = (
         {"name": "Qwen/Qwen2-0.5B", "parameters": "0.5B"},
@@ -31,25 +29,11 @@ class Qwen2:
         {"name": "Qwen/Qwen2.5-72B", "parameters": "72.7B", "licence": "see the checkpoint's page"},
     )
 
-    @dataclass(frozen=True)
-    class Options:
-        """It has no options."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-
-    @hookimpl
-    def collie_model_provider(self) -> ModelProvider:
-        """The provider; it is the same for every checkpoint of the family."""
-        from collie_models.qwen.provider import Qwen2Provider
-
-        return Qwen2Provider()
-
-
-class Qwen3:
+class Qwen3(DecoderFamily):
     """Qwen3, the dense models."""
 
-    collie_api = 1
+    provider = "collie_models.qwen.provider:Qwen3Provider"
     supports = ("flash", "tp", "pp")
     checkpoints = (
         {"name": "Qwen/Qwen3-0.6B", "parameters": "0.6B"},
@@ -60,24 +44,7 @@ class Qwen3:
         {"name": "Qwen/Qwen3-32B", "parameters": "32.8B"},
     )
 
-    @dataclass(frozen=True)
-    class Options:
-        """It has no options."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-
-    @hookimpl
-    def collie_model_provider(self) -> ModelProvider:
-        """The provider; it is the same for every checkpoint of the family."""
-        from collie_models.qwen.provider import Qwen3Provider
-
-        return Qwen3Provider()
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
-        from collie_models.qwen import provider
-
-        return getattr(provider, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    {"Qwen2ForCausalLM": "collie_models.qwen.provider", "Qwen3ForCausalLM": "collie_models.qwen.provider"}
+)

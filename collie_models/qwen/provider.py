@@ -10,12 +10,12 @@ from typing import Any
 from collie_core.plugin import ConfigError
 from collie_models.decoder.config import DecoderConfig
 from collie_models.decoder.config_reader import ConfigReader
-from collie_models.decoder.llama_config import UNSUPPORTED, read_llama_config
+from collie_models.decoder.llama_config import LLAMA_KEYS, LLAMA_ONLY, read_llama_config
 from collie_models.decoder.model import Decoder
 from collie_models.decoder.provider import LlamaLikeProvider
 
 #: Without `use_sliding_window` the window has no effect, though most configs state one.
-_UNSUPPORTED = {key: neutral for key, neutral in UNSUPPORTED.items() if key != "sliding_window"}
+_KEYS = (*LLAMA_KEYS, "use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 #: What transformers takes where a config leaves it out.
 _DEFAULTS: Mapping[str, Any] = {"num_key_value_heads": 32}
 _MAX_POSITIONS = 32768
@@ -36,8 +36,8 @@ class Qwen2Provider(LlamaLikeProvider):
 
     def read_config(self, hf_config: Mapping[str, Any]) -> DecoderConfig:
         """Raises ConfigError for layers with a sliding window, which the model plugin `hf` has."""
-        _refuse_windows(hf_config)
-        config = read_llama_config({**_DEFAULTS, **hf_config}, _UNSUPPORTED, _MAX_POSITIONS)
+        _refuse(hf_config)
+        config = read_llama_config({**_DEFAULTS, **hf_config}, _MAX_POSITIONS)
         return replace(config, qkv_bias=True, attention_output_bias=False)
 
     def tokenizer(self, path: Path) -> Any:
@@ -54,13 +54,14 @@ class Qwen3Provider(Qwen2Provider):
 
     def read_config(self, hf_config: Mapping[str, Any]) -> DecoderConfig:
         """Raises ConfigError for layers with a sliding window, which the model plugin `hf` has."""
-        _refuse_windows(hf_config)
-        config = read_llama_config({**_DEFAULTS, **hf_config}, _UNSUPPORTED, _MAX_POSITIONS, head_dim=128)
+        _refuse(hf_config)
+        config = read_llama_config({**_DEFAULTS, **hf_config}, _MAX_POSITIONS, head_dim=128)
         return replace(config, qk_norm=True)
 
 
-def _refuse_windows(hf_config: Mapping[str, Any]) -> None:
-    """Sliding windows in some of the layers."""
+def _refuse(hf_config: Mapping[str, Any]) -> None:
+    """Unknown keys, and sliding windows in some of the layers."""
+    ConfigReader(hf_config).refuse_unknown(_KEYS, LLAMA_ONLY)
     layers = hf_config.get("num_hidden_layers")
     from_layer = hf_config.get("max_window_layers", 28)
     windowed = ConfigReader(hf_config).flag("use_sliding_window", False)

@@ -40,7 +40,7 @@ REFUSED = [
     (INTERNLM2, {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta": 3}}, "unknown key 'beta'"),
     (INTERNLM2, {"rope_scaling": {"type": "dynamic"}}, "factor is missing"),
     (INTERNLM2, {"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
-    (INTERNLM2, {"sliding_window": 128}, "unknown key 'sliding_window'"),
+    (INTERNLM2, {"sliding_window": 128}, "sliding_window: 128 is not supported"),
     (MOSS, {"n_head": 2}, "n_head 2 is no multiple of 4"),
     (MOSS, {"n_head": 12}, "n_embd 64 is no multiple of n_head 12"),
     (MOSS, {"rotary_dim": 7}, "rotary_dim: 7"),
@@ -90,14 +90,18 @@ def test_one_line_and_status_2_on_the_command_line(tmp_path: Path, capfd: pytest
     assert "Traceback" not in error and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "float8"])
 @pytest.mark.parametrize("make", [checkpoint_1, checkpoint_2])
-def test_quantised_tensors_are_refused(make: Any, tmp_path: Path) -> None:
+def test_quantised_tensors_are_refused(make: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Without any word of it in the config."""
     config, tensors = make(tmp_path)
     for name in [name for name in tensors if name.endswith("query_key_value.weight")]:
-        tensors[name] = tensors[name].to(torch.int8)
+        tensors[name] = tensors[name].to(dtype)
         tensors[f"{name}_scale"] = torch.ones(len(tensors[name]))
     write_checkpoint(tmp_path, config, tensors)
-    with pytest.raises(CheckpointError, match="query_key_value.weight_scale"):
+    kind = str(dtype).removeprefix("torch.")
+    message = rf"the weights are quantised, .*layers\.0\.\S*query_key_value\.weight \({kind}\)"
+    with pytest.raises(CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

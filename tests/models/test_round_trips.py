@@ -173,7 +173,7 @@ def test_tied_weights_stay_one(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 def test_configs_and_tokenizer_travel_along(tiny_llama: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(tiny_llama, source)
-    config = json.loads((source / "config.json").read_text()) | {"a_key_of_their_own": [1, 2]}
+    config = json.loads((source / "config.json").read_text()) | {"unsloth_version": "2024.9"}
     (source / "config.json").write_text(json.dumps(config))
     (source / "modeling_evil.py").write_text("raise SystemExit")
     AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).save_pretrained(tmp_path / "out")
