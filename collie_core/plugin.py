@@ -13,7 +13,7 @@ from collie_core.errors import (
     nearest,
 )
 from collie_core.hookspecs import Adapter, Layout, ModelProvider, Monitor, Optimizer, hookimpl
-from collie_core.models.adapted import AdaptedLinear, Delta, add_delta, merge_deltas
+from collie_core.models.adapted import AdaptedLinear, Delta, adapt_embedding, add_delta, merge_deltas
 from collie_core.models.causal_lm import CausalLM
 from collie_core.models.weight_map import (
     Ignore,
@@ -66,6 +66,7 @@ __all__ = [
     "WeightRule",
     "add_delta",
     "descend",
+    "adapt_embedding",
     "hookimpl",
     "merge_deltas",
     "nearest",

@@ -50,6 +50,7 @@ class Run:
     loss_fn is the user's own loss, or None.
     control is the group in which hosts tell each other of things beside the model; None on one process.
     shards are this rank's parts of the parameters, by name, once a layout has placed them.
+    virtual_tokens, of an adapter, are put before every record.
     added says which adapter added which parameter of the whole model; then all others are frozen.
     """
 
@@ -68,6 +69,7 @@ class Run:
     stop_reason: str | None = None
     control: ProcessGroup | None = None
     shards: dict[str, Shard] = field(default_factory=dict)
+    virtual_tokens: int = 0
     added: dict[str, Adapter] = field(default_factory=dict)
 
     @property

@@ -34,12 +34,14 @@ def build_dataset(
     *,
     split: Literal["train", "eval"],
     provider_template: str | None = None,
+    virtual_tokens: int = 0,
     progress: bool = True,
 ) -> TokenizedDataset:
     """Read and tokenise every record of a split.
 
     sources: `config.data.train` or `.eval`, or an object with a length and records as items.
     provider_template: the model family's chat template, used where the tokenizer has none.
+    virtual_tokens: of an adapter, put before every record (ids -1, -2, ...) and a part of its length.
     progress: show a bar on stderr (where that is a terminal); false on all ranks but one.
 
     Raises DataError for a missing or unreadable source; for the first bad record, unless
@@ -49,7 +51,7 @@ def build_dataset(
         raise DataError(f"data.{split} is not set: give a file, a folder or a Hugging Face data set")
     weights = _weights(sources, split)
     opened = open_sources(sources, split)
-    reading = _Reading(tokenizer, section, split, provider_template)
+    reading = _Reading(tokenizer, section, split, provider_template, virtual_tokens)
     with _progress_bar(sum(len(source) for group in opened for source in group), split, progress) as advance:
         for group, members in enumerate(opened):
             before = reading.records
@@ -116,11 +118,17 @@ class _Reading:
     """Gathers the tokens of all records, and what was left out of them."""
 
     def __init__(
-        self, tokenizer: Any, section: DataSection, split: str, provider_template: str | None
+        self,
+        tokenizer: Any,
+        section: DataSection,
+        split: str,
+        provider_template: str | None,
+        virtual_tokens: int,
     ) -> None:
         self._tokenizer, self._section, self._split = tokenizer, section, split
         self._template = find_template(section.template, tokenizer, provider_template)
         self._tokenize = Tokenize(tokenizer)
+        self._virtual = -1 - np.arange(virtual_tokens, dtype=np.int32)
         self._ids: list[NDArray[np.int32]] = []
         self._labels: list[NDArray[np.int32]] = []
         self._lengths = array("q")
@@ -172,7 +180,7 @@ class _Reading:
                 raise DataError(f"{where}: {found} (data.on_bad_record: skip leaves such records out)")
             self._skipped.setdefault(found.reason, _Loss()).add(where)
             return None
-        size = self._section.max_length
+        size = self._section.max_length - len(self._virtual)
         labels = found.labels[:size].copy()
         labels[0] = IGNORED
         if len(found.ids) > size:
@@ -180,7 +188,8 @@ class _Reading:
                 self._dropped.add(where)
                 return None
             self._truncated.add(where)
-        return Tokens(found.ids[:size], labels)
+        before = np.full_like(self._virtual, IGNORED)
+        return Tokens(np.append(self._virtual, found.ids[:size]), np.append(before, labels))
 
     def losses(self) -> str:
         """Why records were left out, for messages."""

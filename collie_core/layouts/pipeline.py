@@ -120,7 +120,8 @@ class Pipeline:
             left[action.chunk] -= 1
             if left[action.chunk] == 0:
                 last_backward(stage)
-            torch.autograd.backward(out, received)
+            if out.requires_grad:  # the first stage may have nothing to train
+                torch.autograd.backward(out, received)
             if h is not None:
                 assert h.grad is not None
                 self._send(False, h.grad)

@@ -26,7 +26,7 @@ from collie_core.layouts.collectives import (
     ReduceScatterSequence,
     SplitSequence,
 )
-from collie_core.models.adapted import AdaptedLinear, Delta
+from collie_core.models.adapted import AdaptedEmbedding, AdaptedLinear, Delta
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -119,15 +119,15 @@ class RowLinear(AdaptedLinear):
         return partial
 
 
-class VocabularyEmbedding(nn.Embedding):
+class VocabularyEmbedding(AdaptedEmbedding):
     """An embedding of which each rank has the vectors of a part of the words."""
 
     tp: TensorParallel
     start: int
 
-    def forward(self, input: Tensor) -> Tensor:
+    def lookup(self, ids: Tensor) -> Tensor:
         """ids (B, S) -> (B, S, E), whole on every rank."""
-        place = input - self.start
+        place = ids - self.start
         absent = (place < 0) | (place >= self.weight.shape[0])
         vectors = F.embedding(place.masked_fill(absent, 0), self.weight)
         summed: Tensor = Reduce.apply(vectors.masked_fill(absent.unsqueeze(-1), 0.0), self.tp.group)
@@ -213,8 +213,10 @@ class Cutter:
         if isinstance(module, nn.Embedding):
             start, length = self.tp.part(module.num_embeddings)
             weight = self._cut(weight_name, module.weight, 0, start, length, shards, done)
-            made = VocabularyEmbedding(length, module.embedding_dim, device="meta", dtype=weight.dtype)
+            made = VocabularyEmbedding(length, module.embedding_dim)
             made.weight, made.tp, made.start = weight, self.tp, start
+            if isinstance(module, AdaptedEmbedding):
+                made.adapters = module.adapters
             return made
         assert isinstance(module, nn.Linear)
         if kind == "rows":

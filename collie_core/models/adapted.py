@@ -1,4 +1,4 @@
-"""Linears that adapters change, in a form that every layout can cut.
+"""Linears and embeddings that adapters change, in a form that every layout can cut.
 
 An adapter's own parameters are children of the linear, so the model's keep their names:
 `blocks.0.attention.q_proj.weight` and `blocks.0.attention.q_proj.adapters.default.lora_A`.
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from collie_core.errors import PluginError
+from collie_core.errors import ConfigError, PluginError
 
 
 class Delta(nn.Module):
@@ -63,6 +63,45 @@ class AdaptedLinear(nn.Linear):
     def sum_over_inputs(self, partial: Tensor) -> Tensor:
         """A sum over the inputs that this rank has, completed over all of them."""
         return partial
+
+
+class AdaptedEmbedding(nn.Embedding):
+    """An embedding with `adapters`, modules by the adapter's name, each `(ids, vectors) -> vectors`.
+
+    ids: int64 (B, S), negative at virtual tokens: -1, -2, ... for the first, the second, ...  vectors:
+    (B, S, E).  The modules are whole on every rank.
+    """
+
+    adapters: nn.ModuleDict
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__(num_embeddings, embedding_dim, device="meta")
+        self.adapters = nn.ModuleDict()
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """ids (B, S), none negative -> (B, S, E)."""
+        return F.embedding(ids, self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """ids (B, S) -> (B, S, E)."""
+        if not self.adapters:
+            return self.lookup(input)
+        vectors = self.lookup(input.clamp(min=0))
+        for change in self.adapters.values():
+            vectors = change(input, vectors)
+        return vectors
+
+
+def adapt_embedding(model: nn.Module, path: str, name: str, change: nn.Module) -> None:
+    """Let adapter `name` change the embedding at `path`.  Raises ConfigError where it is no plain one."""
+    embedding = model.get_submodule(path)
+    if type(embedding) is nn.Embedding:
+        plain, embedding = embedding, AdaptedEmbedding(embedding.num_embeddings, embedding.embedding_dim)
+        embedding.weight = plain.weight
+        _put(model, path, embedding)
+    if not isinstance(embedding, AdaptedEmbedding):
+        raise ConfigError(f"{path} is a {type(embedding).__name__}, which adapters cannot change")
+    embedding.adapters[name] = change
 
 
 def add_delta(model: nn.Module, path: str, name: str, delta: Delta) -> None:

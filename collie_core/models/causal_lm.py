@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collie_core.errors import ConfigError, UserError
-from collie_core.models.forward import model_context, require_weights, run_blocks, summed_loss
+from collie_core.models.forward import (
+    model_context,
+    require_weights,
+    run_blocks,
+    summed_loss,
+    with_virtual_tokens,
+)
 from collie_core.models.generation import generate
 from collie_core.models.loading import Slots
 from collie_core.ops import Context
@@ -47,6 +53,7 @@ class CausalLM(nn.Module):
     """A causal language model with children `embed`, `blocks` and `head` (see `ModelProvider.build`).
 
     adapters: which adapter added which parameter; empty once they are merged.
+    virtual_tokens: of an adapter, before every record; what is given and returned is without them.
     max_positions: the number of positions beyond which the model computes nothing; None: there is no end.
     """
 
@@ -55,6 +62,7 @@ class CausalLM(nn.Module):
     head: nn.Module
     origin: Origin | None = None
     adapters: Mapping[str, Adapter] = MappingProxyType({})
+    virtual_tokens: int = 0
     max_positions: int | None = None
 
     generate = generate
@@ -72,8 +80,11 @@ class CausalLM(nn.Module):
         the whole row if absent.  labels: (B, S), -100 where no loss is wanted; shifted here.
         """
         require_weights(self)
-        ctx = model_context(self, Context.build(input_ids, attention_mask, position_ids))
-        logits: Tensor = self.head(run_blocks(self, input_ids, ctx), ctx)
+        if self.virtual_tokens and position_ids is not None:
+            raise UserError("position_ids cannot be given to a model with virtual tokens, which come first")
+        ids, attention_mask = with_virtual_tokens(self, input_ids, attention_mask)
+        ctx = model_context(self, Context.build(ids, attention_mask, position_ids))
+        logits: Tensor = self.head(run_blocks(self, ids, ctx)[:, self.virtual_tokens :], ctx)
         if labels is None:
             return CausalLMOutput(logits)
         targets = labels[:, 1:].to(logits.device).flatten()

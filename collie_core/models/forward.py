@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collie_core.errors import UserError
@@ -44,6 +46,22 @@ def model_context(model: nn.Module, ctx: Context) -> Context:
     """What `model` makes of the context of a batch by its own `prepare_context`, where it has one."""
     prepare = getattr(model, "prepare_context", None)
     return ctx if prepare is None else cast(Context, prepare(ctx))
+
+
+def with_virtual_tokens(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """input_ids (B, S) and attention_mask with the virtual tokens that an adapter puts before every record.
+
+    They have ids of their own, -1, -2, ..., which the embedding knows.  Of a module without any: as given.
+    """
+    count = getattr(model, "virtual_tokens", 0)
+    if not count:
+        return input_ids, attention_mask
+    virtual = -1 - torch.arange(count, device=input_ids.device)
+    if attention_mask is not None:
+        attention_mask = F.pad(attention_mask.to(torch.int64), (count, 0), value=1)
+    return torch.cat([virtual.expand(len(input_ids), -1), input_ids], 1), attention_mask
 
 
 def run_blocks(model: nn.Module, input_ids: Tensor, ctx: Context, cache: KVCache | None = None) -> Tensor:

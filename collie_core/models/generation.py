@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from collie_core.errors import CheckpointError, UserError
-from collie_core.models.forward import model_context, parts, require_weights, run_blocks
+from collie_core.models.forward import (
+    model_context,
+    parts,
+    require_weights,
+    run_blocks,
+    with_virtual_tokens,
+)
 from collie_core.ops import Context, KVCache
 
 _log = logging.getLogger(__name__)
@@ -164,15 +170,15 @@ def _loop(
     pad: int,
     blocks: Sequence[str],
 ) -> Tensor:
-    steps = _steps(model, ids.shape[1], options.max_new_tokens)
-    mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)
+    new, attention_mask = with_virtual_tokens(model, ids, attention_mask)
+    steps = _steps(model, new.shape[1], options.max_new_tokens)
+    mask = torch.ones_like(new) if attention_mask is None else attention_mask.to(new)
     padded = not bool(mask.all())
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    ctx = model_context(model, Context(ids, positions, attention_mask=mask.bool() if padded else None))
+    ctx = model_context(model, Context(new, positions, attention_mask=mask.bool() if padded else None))
     advance: Callable[[Tensor], Tensor] = getattr(model, "next_positions", _next_positions)
-    cache = KVCache(list(blocks), capacity=ids.shape[1] + steps)
+    cache = KVCache(list(blocks), capacity=new.shape[1] + steps)
     running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    new = ids
     for _ in range(steps):
         token = choose(next_logits(new, ctx, cache).float(), ids).masked_fill(~running, pad)
         ids = torch.cat([ids, token.unsqueeze(1)], 1)

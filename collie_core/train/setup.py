@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from collie_core.config.checks import check_config, processes, resume_differences
 from collie_core.config.problems import ConfigProblems, Key
 from collie_core.errors import ConfigError, UserError, nearest
-from collie_core.registry import Registry, RunPlugins
+from collie_core.registry import Registry, RunPlugins, SelectedPlugin
 
 if TYPE_CHECKING:
     from collie_core.checkpoint.manager import Checkpoint, CheckpointManager
@@ -126,6 +126,7 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
         provider = _open_model(trainer, run, plugins)
         _without_adapters(run)
         refuse(plugins.check(run))
+        run.virtual_tokens = _virtual_tokens(plugins.of_kind("adapter"))
         train_data = _dataset(trainer, run, provider, "train", stack)
         eval_data = _dataset(trainer, run, provider, "eval", stack)
         if train_data is None:
@@ -180,6 +181,7 @@ def open_evaluation(trainer: Trainer) -> Iterator[Callable[[], dict[str, float]]
         assert run.source is not None
         selected = select_adapters(run.source.adapters, plugins)  # not those that the config would train
         refuse(plugins.check(run))
+        run.virtual_tokens = _virtual_tokens(selected)
         data = _dataset(trainer, run, provider, "eval", stack)
         if data is None:
             raise config.problems(
@@ -295,6 +297,7 @@ def _dataset(
             run.config.data,
             split=split,
             provider_template=provider.template,
+            virtual_tokens=run.virtual_tokens,
             progress=run.first,
         )
 
@@ -364,6 +367,11 @@ def _base_lr(run: Run, plugins: RunPlugins) -> float:
         raise run.config.problems(ConfigProblems([(("optimizer", "lr"), message)]))
     adapters = [plugin.instance for plugin in plugins.of_kind("adapter")]
     return default * min((getattr(adapter, "default_lr_factor", 1.0) for adapter in adapters), default=1.0)
+
+
+def _virtual_tokens(adapters: list[SelectedPlugin]) -> int:
+    """What the adapters put before every record."""
+    return sum(getattr(adapter.instance, "virtual_tokens", 0) for adapter in adapters)
 
 
 def _without_adapters(run: Run) -> None:

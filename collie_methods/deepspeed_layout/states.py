@@ -92,11 +92,16 @@ def state_of(layout: DeepSpeedLayout) -> dict[str, Tensor | Piece]:
 
     placed, flat = layout.placed, Flat(layout.engine)
     flat.link()
-    state: dict[str, Tensor | Piece] = {f"model.{name}": tensor for name, tensor in placed.buffers.items()}
+    kept = _kept(layout)
+    state: dict[str, Tensor | Piece] = {
+        f"model.{name}": tensor for name, tensor in placed.buffers.items() if name in kept
+    }
     # what the native layout looks for; of these dtypes it is never scaled
     scale = LossScale(getattr(torch, layout.run.config.model.dtype))
     state |= {f"layout.{name}": tensor for name, tensor in scale.state_dict().items()}
     for name, parameter in placed.parameters.items():
+        if name not in kept:
+            continue
         if layout.partitioned:
             with layout.gathered(parameter):
                 state[f"model.{name}"] = _rows(layout, parameter.detach())
@@ -118,6 +123,11 @@ def state_of(layout: DeepSpeedLayout) -> dict[str, Tensor | Piece]:
     return state
 
 
+def _kept(layout: DeepSpeedLayout) -> Collection[str]:
+    """What of the model a checkpoint holds: where there are adapters, what they added."""
+    return layout.run.added or layout.placed.whole_shapes
+
+
 def _rows(layout: DeepSpeedLayout, whole: Tensor) -> Tensor | Piece:
     """This rank's rows of a gathered tensor, as a copy of their own on the host."""
     if not whole.ndim:
@@ -137,7 +147,10 @@ def load_state(layout: DeepSpeedLayout, folder: Path) -> None:
     stored = read_metadata(folder).tensors
     _refuse_misfits(layout, stored, folder)
     parameters = layout.placed.parameters
-    tensors: dict[str, Tensor] = {**layout.placed.buffers, **parameters}
+    kept = _kept(layout)
+    tensors: dict[str, Tensor] = {
+        name: t for name, t in {**layout.placed.buffers, **parameters}.items() if name in kept
+    }
     for full_name, value in stream_tensors(folder, [f"model.{name}" for name in tensors]):
         target = tensors[full_name.removeprefix("model.")]
         with layout.gathered(target) if isinstance(target, nn.Parameter) else nullcontext():
@@ -176,7 +189,8 @@ def _load_optimizer(layout: DeepSpeedLayout, folder: Path, stored: dict[str, Sto
 
 def _refuse_misfits(layout: DeepSpeedLayout, stored: dict[str, StoredTensor], folder: Path) -> None:
     problems = []
-    for name, shape in layout.placed.whole_shapes.items():
+    for name in _kept(layout):
+        shape = layout.placed.whole_shapes[name]
         own = layout.placed.buffers.get(name, layout.placed.parameters.get(name))
         found = stored.get(f"model.{name}")
         if found is None:

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from collie_methods.lora.plugin import LoraPlugin
+from collie_methods.lora.prompt_plugins import PrefixTuningPlugin, PromptTuningPlugin, PTuningPlugin
 
-__all__ = ["LoraPlugin"]
+__all__ = ["LoraPlugin", "PTuningPlugin", "PrefixTuningPlugin", "PromptTuningPlugin"]

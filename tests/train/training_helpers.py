@@ -48,7 +48,7 @@ def weights(out: Path) -> dict[str, Tensor]:
     """The exported weights, of the model or the adapter."""
     found: dict[str, Tensor] = {}
     folder = out / ("model" if (out / "model").is_dir() else "adapter")
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.rglob("*.safetensors")):
         found |= load_file(path)
     return found
 

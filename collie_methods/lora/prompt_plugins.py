@@ -1,0 +1,171 @@
+"""What a config selects: `adapters: [{name: prompt_tuning}]`, `{name: p_tuning}`, `{name: prefix_tuning}`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from collie_core.errors import Refusal
+from collie_core.hookspecs import hookimpl
+from collie_methods.lora.plugin import same_names
+
+if TYPE_CHECKING:
+    from collie_core.hookspecs import Adapter
+    from collie_core.run import Run
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualOptions:
+    """Keys that all three have.
+
+    num_virtual_tokens: before every record, of data.max_length a part.  adapter_name: tells several adapters
+    apart.  path: the folder of an adapter to go on with, which says the number.
+    """
+
+    num_virtual_tokens: Count = 20
+    adapter_name: Name = "default"
+    path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuningOptions(VirtualOptions):
+    """prompt_tuning_init: vectors of words that are drawn, of the words of prompt_tuning_init_text, or random
+    (normal, deviation 0.02)."""
+
+    prompt_tuning_init: Literal["sample_vocab", "text", "random"] = "sample_vocab"
+    prompt_tuning_init_text: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PTuningOptions(VirtualOptions):
+    """encoder_hidden_size: width of the encoder's two inner layers; null: the model's hidden width."""
+
+    encoder_hidden_size: Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuningOptions(VirtualOptions):
+    """init_weights: of keys and values: normal (deviation 0.02) or zero."""
+
+    init_weights: Literal["normal", "zero"] = "normal"
+
+
+class PromptTuningPlugin:
+    """Prompt tuning: trained vectors before every record (Lester et al. 2021, arXiv 2104.08691)."""
+
+    collie_api = 1
+    default_lr_factor = 100.0  # vectors of few tokens: peft's examples take 1e-3 to 3e-2 with AdamW
+    Options = PromptTuningOptions
+
+    def __init__(self, options: PromptTuningOptions) -> None:
+        self.options, self.virtual_tokens = options, _virtual_tokens(options)
+
+    @hookimpl
+    def collie_check(self, run: Run) -> list[str]:
+        """Options that contradict each other, the data or the layout."""
+        options, found = self.options, list(_problems(run, self.virtual_tokens))
+        if (options.prompt_tuning_init == "text") != (options.prompt_tuning_init_text is not None):
+            found.append("prompt_tuning_init: text needs prompt_tuning_init_text, and no other does")
+        if options.prompt_tuning_init != "random" and options.path is None:
+            found += _partitioned(run, "prompt_tuning", "its first vectors are the model's, which are cut")
+        return found
+
+    @hookimpl
+    def collie_adapter(self, run: Run) -> Adapter:
+        """The adapter of this run."""
+        from collie_methods.lora.prompts import PromptAdapter
+
+        return PromptAdapter(self.options, run)
+
+
+class PTuningPlugin:
+    """P-tuning: vectors before every record, from a trained encoder (Liu et al. 2021, arXiv 2103.10385)."""
+
+    collie_api = 1
+    default_lr_factor = 10.0
+    Options = PTuningOptions
+
+    def __init__(self, options: PTuningOptions) -> None:
+        self.options, self.virtual_tokens = options, _virtual_tokens(options)
+
+    @hookimpl
+    def collie_check(self, run: Run) -> list[str]:
+        """What contradicts the data."""
+        return list(_problems(run, self.virtual_tokens))
+
+    @hookimpl
+    def collie_adapter(self, run: Run) -> Adapter:
+        """The adapter of this run."""
+        from collie_methods.lora.prompts import PromptAdapter
+
+        return PromptAdapter(self.options, run)
+
+
+class PrefixTuningPlugin:
+    """Prefix tuning: keys and values before every record (Li and Liang 2021, arXiv 2101.00190)."""
+
+    collie_api = 1
+    default_lr_factor = 100.0
+    Options = PrefixTuningOptions
+
+    def __init__(self, options: PrefixTuningOptions) -> None:
+        self.options, self.virtual_tokens = options, _virtual_tokens(options)
+
+    @hookimpl
+    def collie_check(self, run: Run) -> list[str]:
+        """What contradicts the data or the layout."""
+        found = list(_problems(run, self.virtual_tokens))
+        return found + _partitioned(run, "prefix_tuning", "it is used where DeepSpeed has not gathered it")
+
+    @hookimpl
+    def collie_adapter(self, run: Run) -> Adapter:
+        """The adapter of this run."""
+        from collie_methods.lora.prefix import PrefixAdapter
+
+        return PrefixAdapter(self.options, run)
+
+
+def _virtual_tokens(options: VirtualOptions) -> int:
+    """Their number; that of the folder of `path`, whose other contents are checked when it is loaded."""
+    if options.path is None:
+        return options.num_virtual_tokens
+    try:
+        content = json.loads((Path(options.path) / "adapter_config.json").read_text(encoding="utf-8"))
+        return int(content["num_virtual_tokens"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return options.num_virtual_tokens
+
+
+def _problems(run: Run, count: int) -> Iterator[str]:
+    yield from same_names(run)
+    if count + 2 > run.config.data.max_length:
+        yield (
+            f"num_virtual_tokens: {count} of data.max_length {run.config.data.max_length} leave no room "
+            "for a record"
+        )
+    kinds = [section.name.rpartition(":")[2] for section in run.config.adapters]
+    virtual = [kind for kind in kinds if kind in ("prompt_tuning", "p_tuning", "prefix_tuning")]
+    if len(virtual) > 1:
+        yield f"{' and '.join(virtual)}: one adapter alone can put virtual tokens before a record"
+
+
+def _partitioned(run: Run, name: str, reason: str) -> list[str]:
+    layout = run.config.layout
+    if layout.name != "deepspeed" or layout.options.get("zero_stage") != 3:
+        return []
+    return [
+        Refusal(
+            f"adapter {name} with layout deepspeed with zero_stage 3",
+            reason,
+            {"layout": {"name": "native", "zero_stage": 3}},
+            "set layout to {name: native, zero_stage: 3}, or zero_stage to 2",
+        )
+    ]
