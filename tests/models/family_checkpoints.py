@@ -6,6 +6,7 @@ The relatives are the oracles: nothing here uses our weight maps.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,19 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Mapping[s
     save_file(
         {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "model.safetensors"
     )
+
+
+def golden_folder(family: str, folder: Path) -> Path:
+    """The golden checkpoint of a family with the golden tokenizer; MOSS's with room for its long prompt."""
+    cases = Path(__file__).parents[1] / "golden" / "cases"
+    shutil.copytree(cases / family, folder, ignore=shutil.ignore_patterns("golden*", "meta.json"))
+    for path in (cases / f"tokenizer_{family}").iterdir():
+        if path.name != "golden_tokenizer.json":
+            shutil.copy(path, folder)
+    if family == "moss":
+        config = json.loads((folder / "config.json").read_text()) | {"n_positions": 1024, "n_ctx": 1024}
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def _llama(config: Mapping[str, Any], **more: Any) -> LlamaForCausalLM:

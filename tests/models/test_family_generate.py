@@ -9,24 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from family_checkpoints import golden_folder
 
 from collie_core import AutoModelForCausalLM, AutoTokenizer
 from collie_core.cli.main import main
 
-CASES = Path(__file__).parents[1] / "golden" / "cases"
 FAMILIES = ["chatglm", "chatglm2", "internlm", "internlm2", "moss"]
 
 
 @pytest.fixture(params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A tiny model with its family's tokenizer."""
-    target = tmp_path / str(request.param)
-    target.mkdir()
-    weights = [path for path in (CASES / request.param).iterdir() if not path.name.startswith("golden")]
-    for path in [*weights, *(CASES / f"tokenizer_{request.param}").iterdir()]:
-        if path.name not in ("meta.json", "golden_tokenizer.json"):
-            shutil.copy(path, target / path.name)
-    return target
+    return golden_folder(request.param, tmp_path / str(request.param))
 
 
 def generate(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
@@ -45,8 +39,6 @@ def test_the_prompt_is_the_familys(folder: Path, chat: bool, capsys: pytest.Capt
     ids = tokenizer("def f(x):")["input_ids"]
     if chat:
         ids = tokenizer.apply_chat_template(said, add_generation_prompt=True)["input_ids"]
-    if len(ids) > 200:  # the tiny models have few positions
-        pytest.skip("MOSS's meta instruction is longer than the tiny model's positions")
     ends = [tokenizer.eos_token_id, *tokenizer.stop_token_ids]
     expected = model.generate(torch.tensor([ids]), max_new_tokens=8, eos_token_id=ends if chat else None)
     new = expected[0, len(ids) :].tolist()
@@ -60,17 +52,14 @@ def test_an_answer_ends_at_the_chat_formats_token(
 ) -> None:
     """The first token that the model says is made the one that ends an answer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not tokenizer.stop_token_ids or folder.name == "moss":
-        pytest.skip("the end-of-sequence token ends its answers")
     model = AutoModelForCausalLM.from_pretrained(folder)
     said = [{"role": "user", "content": "def f(x):"}]
     ids = tokenizer.apply_chat_template(said, add_generation_prompt=True)["input_ids"]
     first = int(model.generate(torch.tensor([ids]), max_new_tokens=1, eos_token_id=-1)[0, -1])
-    stop = tokenizer.stop_token_ids[0]
-    head = [name for name, value in model.named_parameters() if value.shape[0] == len(tokenizer)][-1]
+    stop = [*tokenizer.stop_token_ids, tokenizer.eos_token_id][0]
     with torch.no_grad():
-        weight = dict(model.named_parameters())[head]
-        weight[stop] = weight[first] * 1.5
+        for parameter in model.get_submodule("head.lm_head").parameters():
+            parameter[[stop, first]] = parameter[[first, stop]]
     model.save_pretrained(tmp_path / "changed")
     for path in folder.iterdir():
         if not (tmp_path / "changed" / path.name).exists() and path.suffix not in (".bin", ".safetensors"):

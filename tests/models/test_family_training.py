@@ -4,45 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from family_checkpoints import golden_folder
 from safetensors.torch import load_file
 
 from collie_core import AutoModelForCausalLM, AutoTokenizer, CollieConfig, Trainer
 from collie_core.cli.main import main
 from collie_core.models.export import export_pretrained
 
-CASES = Path(__file__).parent.parent / "golden" / "cases"
 RELATIVES = {"internlm": "llama", "internlm2": "llama", "moss": "codegen", "chatglm2": "glm", "chatglm": None}
 
 
-def make_folder(family: str, folder: Path) -> Path:
-    """The golden checkpoint of a family with the golden tokenizer."""
-    shutil.copytree(CASES / family, folder, ignore=shutil.ignore_patterns("golden*", "meta.json"))
-    for path in (CASES / f"tokenizer_{family}").iterdir():
-        if path.name != "golden_tokenizer.json":
-            shutil.copy(path, folder)
-    return folder
-
-
-def chats(path: Path, family: str = "") -> Path:
-    """Forty short chats of one or two rounds; questions and answers for MOSS, whose prompt is longer."""
+def chats(path: Path, count: int = 40) -> Path:
+    """Short chats of one or two rounds."""
     records: list[dict[str, Any]] = []
-    for n in range(40):
+    for n in range(count):
         messages = [
             {"role": "user", "content": f"What is {n} + {n}?"},
             {"role": "assistant", "content": f"{2 * n}"},
         ]
         if n % 3 == 0:
             messages += [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
-        question, answer = messages[0]["content"], messages[1]["content"]
-        moss = {"input": question, "output": answer}
-        records.append(moss if family == "moss" else {"messages": messages})
+        records.append({"messages": messages})
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -63,9 +51,12 @@ def config(model: Path, records: Path, out: Path, **changes: Any) -> CollieConfi
 
 @pytest.mark.parametrize("family", sorted(RELATIVES))
 def test_trains_and_is_exported(family: str, tmp_path: Path) -> None:
-    model = make_folder(family, tmp_path / "model")
+    model = golden_folder(family, tmp_path / "model")
     run = tmp_path / "run"
-    Trainer(config(model, chats(tmp_path / "data.jsonl", family), run)).train()
+    count, length = (12, 1024) if family == "moss" else (40, 128)  # its meta instruction has 600 tokens
+    data = str(chats(tmp_path / "data.jsonl", count))
+    sections = {"train": data, "eval": data, "max_length": length, "packing": True}
+    Trainer(config(model, Path(data), run, data=sections)).train()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     perplexities = [line["perplexity/perplexity"] for line in lines if "perplexity/perplexity" in line]
     assert len(perplexities) == 2 and perplexities[1] < perplexities[0]
@@ -102,7 +93,7 @@ def test_trains_and_is_exported(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["chatglm", "chatglm2"])
 def test_packing_changes_no_loss(family: str, tmp_path: Path) -> None:
-    model = make_folder(family, tmp_path / "model")
+    model = golden_folder(family, tmp_path / "model")
     data = chats(tmp_path / "data.jsonl")
     losses = {}
     for packing in (True, False):
@@ -118,7 +109,7 @@ def test_packing_changes_no_loss(family: str, tmp_path: Path) -> None:
 def test_records_longer_than_the_positions_are_refused_before_the_run(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    model = make_folder("chatglm2", tmp_path / "model")
+    model = golden_folder("chatglm2", tmp_path / "model")
     path, data = tmp_path / "train.yaml", chats(tmp_path / "data.jsonl")
     path.write_text(
         f"model: {{path: {model}, dtype: float32}}\noptimizer: {{name: lomo, lr: 0.1}}\n"
@@ -130,7 +121,7 @@ def test_records_longer_than_the_positions_are_refused_before_the_run(
 
 def test_a_later_export_replaces_folders_too(tmp_path: Path) -> None:
     """The chat templates of a tokenizer lie in a folder of their own."""
-    source, out = make_folder("moss", tmp_path / "model"), tmp_path / "out"
+    source, out = golden_folder("moss", tmp_path / "model"), tmp_path / "out"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     origin = model.origin
     assert origin is not None
