@@ -14,6 +14,10 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# torch 2.13 renamed them
+_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+_reduce_scatter = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
+
 
 def all_reduce(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """The sum over `group`; a function of its own so that compiled blocks hold it in their graph."""
@@ -22,12 +26,12 @@ def all_reduce(tensor: Tensor, group: ProcessGroup) -> Tensor:
 
 def gather_sequence(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """(B, S / n, ...) of each rank -> (B, S, ...)."""
-    return functional.wait_tensor(functional.all_gather_tensor(tensor.contiguous(), 1, group))
+    return functional.wait_tensor(_all_gather(tensor.contiguous(), 1, group))
 
 
 def reduce_scatter_sequence(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """(B, S, ...) -> this rank's (B, S / n, ...) of the sum."""
-    return functional.wait_tensor(functional.reduce_scatter_tensor(tensor.contiguous(), "sum", 1, group))
+    return functional.wait_tensor(_reduce_scatter(tensor.contiguous(), "sum", 1, group))
 
 
 def own_part(tensor: Tensor, group: ProcessGroup) -> Tensor:

@@ -24,8 +24,10 @@ from typing import Any
 PRELOADED = (
     "collie_core.train.setup",
     "collie_core.layouts.distribute",
+    "torch._dynamo",
+    "torch._inductor.standalone_compile",
     "torch.distributed.fsdp",
-    "transformers",
+    "transformers.tokenization_utils_tokenizers",
 )
 
 #: name -> (processes, keys of the config).  Two rows a step on each of two ranks are four on one.
