@@ -19,7 +19,8 @@ ADAPTER_FILE = "adapter_config.json"
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """An adapter plugin by name, and its options; `{"path": folder}` where its folder says the rest."""
+    """An adapter plugin by name, and its options: `path` where a folder says the rest, and `adapter_name`
+    where there are several."""
 
     name: str
     options: Mapping[str, Any]
@@ -47,7 +48,8 @@ def read_adapters(folders: list[Path]) -> tuple[str, tuple[AdapterSpec, ...]]:
                 raise CheckpointError(f"{folder / ADAPTER_FILE}: {key}: expected a name, got {value!r}")
         kind, base = map(str, values)
         bases[base] = folder
-        specs.append(AdapterSpec(kind.lower(), {"path": str(folder)}))
+        named = {"adapter_name": folder.name} if len(folders) > 1 else {}
+        specs.append(AdapterSpec(kind.lower(), {"path": str(folder), **named}))
     if len(bases) > 1:
         told = ", ".join(f"{folder} is for {base}" for base, folder in bases.items())
         raise CheckpointError(f"these adapters do not belong together: {told}")

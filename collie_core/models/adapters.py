@@ -77,7 +77,7 @@ def select_adapters(specs: Sequence[AdapterSpec], plugins: RunPlugins) -> list[S
     """The plugins of a source's adapters.  Raises PluginError or ConfigError naming the folder."""
     found = []
     for spec in specs:
-        where = f"{spec.options['path']}: " if set(spec.options) == {"path"} else ""
+        where = f"{spec.options['path']}: " if "path" in spec.options else ""
         try:
             found.append(plugins.add("adapter", spec.name, spec.options))
         except PluginError as error:
