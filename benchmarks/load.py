@@ -4,7 +4,8 @@
     python benchmarks/load.py --gigabytes 4 --dtype bfloat16 --rounds 7
     python benchmarks/load.py --family all   # each in its original layout
 
-transformers reads the relative of a family (`collie export --as`), and nothing where there is none.
+transformers reads the same folder where it implements the family, else its relative
+(`collie export --as`), and nothing where there is none.  `hf` is GPT-NeoX by collie-hf.
 A round runs every measurement once, in turn, so that a busy machine slows all of them; the table shows
 medians, and the median over rounds of ours / transformers.  Extra memory is the rise of the process's peak
 resident memory (VmHWM) beyond the model's own size; warm-up with a tiny model is not counted.
@@ -47,18 +48,32 @@ _CHATGLM2: dict[str, Any] = {
 @dataclass(frozen=True)
 class Family:
     """config: all but the number of layers, which is under the key `layers`.  tiny: what a small one changes.
-    relative: what transformers can read, a name for `collie export --as`; None: nothing."""
+    relative: what transformers can read, a name for `collie export --as`; None: nothing.  native: it reads
+    the family itself."""
 
     config: Mapping[str, Any]
     tiny: Mapping[str, Any]
     relative: str | None
     layers: str = "num_hidden_layers"
+    native: bool = False
 
 
 _TINY = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
 _TINY_GLM = {"hidden_size": 32, "num_attention_heads": 2}
+
+
+def _grouped(model_type: str, **more: int) -> Family:
+    """A family in LLaMA's terms with fewer heads for keys and values."""
+    config = {"model_type": model_type, "num_key_value_heads": 4, **_LLAMA, **more}
+    return Family(config, _TINY | {"num_key_value_heads": 1}, None, native=True)
+
+
 FAMILIES = {
-    "llama": Family({"model_type": "llama", **_LLAMA}, _TINY, "llama"),
+    "llama": Family({"model_type": "llama", **_LLAMA}, _TINY, None, native=True),
+    "qwen2": _grouped("qwen2"),
+    "qwen3": _grouped("qwen3", head_dim=128),
+    "mistral": _grouped("mistral"),
+    "hf": Family({"model_type": "gpt_neox", **_LLAMA}, _TINY, None, native=True),
     "internlm": Family({"model_type": "internlm", **_LLAMA}, _TINY, "llama"),
     "internlm2": Family(
         {"model_type": "internlm2", "bias": False, "num_key_value_heads": 4, **_LLAMA},
@@ -155,7 +170,10 @@ def prepare(folder: Path, family: Family, gigabytes: float, dtype_name: str) -> 
         config = dict(family.config) | changes
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype_name))
         model.save_pretrained(folder / "ours" / name)
-        if family.relative is not None:
+        if family.native:
+            (folder / "transformers").mkdir(exist_ok=True)
+            (folder / "transformers" / name).symlink_to(folder / "ours" / name)
+        elif family.relative is not None:
             out = folder / "transformers" / name
             with contextlib.redirect_stdout(sys.stderr):
                 collie(["export", str(folder / "ours" / name), str(out), "--as", family.relative])

@@ -184,21 +184,20 @@ def test_a_vocabulary_size_that_was_not_stated_is_afterwards(tmp_path: Path) -> 
 
 
 CLASSES = {
+    "llama": ("Llama", "LlamaForCausalLM"),
+    "qwen": ("Qwen2", "Qwen3", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+    "mistral": ("Mistral", "MistralForCausalLM"),
     "internlm": ("InternLM", "InternLMForCausalLM", "InternLM2", "InternLM2ForCausalLM"),
     "moss": ("Moss", "MossForCausalLM"),
     "chatglm": ("ChatGLM", "ChatGLMForCausalLM", "ChatGLM2ForCausalLM"),
 }
 
 
-@pytest.mark.parametrize("family", sorted(CLASSES))
-def test_plugins_are_light_to_import_and_models_are_there(family: str) -> None:
-    names = ", ".join(CLASSES[family])
-    code = (
-        f"import sys, collie_models.{family} as m; assert m.{CLASSES[family][0]}.collie_api == 1; "
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; "
-        f"from collie_models.{family} import {names}"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_plugins_are_light_to_import_and_models_are_there() -> None:
+    lines = [f"from collie_models.{family} import {names[0]}" for family, names in CLASSES.items()]
+    lines += ["import sys", "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"]
+    lines += [f"from collie_models.{family} import {', '.join(names)}" for family, names in CLASSES.items()]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
 
 
 def test_a_class_takes_its_own_family_alone(tmp_path: Path) -> None:

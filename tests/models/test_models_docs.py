@@ -6,8 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from collie_core.cli.main import main
 from collie_core.cli.models import families
 from collie_core.config.schema import CollieConfig
 from collie_core.models.provider import provider_for
@@ -44,12 +43,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(command: list[str], folder: Path) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
-    return done.stdout
-
-
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, whatever its files."""
     found: dict[str, torch.Tensor] = {}
@@ -60,9 +53,14 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_the_commands_run(folder: Path) -> None:
-    lines = [line for block in snippets("bash") for line in block.splitlines()]
-    printed = [run([sys.executable, "-m", "collie_core", *shlex.split(line)[1:]], folder) for line in lines]
+def test_the_commands_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    printed = []
+    for line in [line for block in snippets("bash") for line in block.splitlines()]:
+        assert main(shlex.split(line)[1:]) == 0, line
+        printed.append(capsys.readouterr().out)
     listed, one, as_json = printed[:3]
     assert one in listed and one.startswith("internlm  InternLM\n")
     assert {"llama", "internlm", "hf"} <= {family["name"] for family in json.loads(as_json)}
@@ -74,12 +72,14 @@ def test_the_commands_run(folder: Path) -> None:
     assert relative.config.model_type == "llama" and relative.dtype == torch.bfloat16
 
 
-def test_the_models_load_as_shown(folder: Path) -> None:
-    script, _ = snippets("python")
-    check = (
-        "assert type(stock).__name__ == 'TransformersForCausalLM' and 'quick' in tokenizer.decode(prompt[0])"
-    )
-    assert run([sys.executable, "-c", f"{script}\n{check}"], folder).strip()
+def test_the_models_load_as_shown(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    made: dict[str, Any] = {}
+    exec(snippets("python")[0], made)
+    assert type(made["stock"]).__name__ == "TransformersForCausalLM"
+    assert "quick" in made["tokenizer"].decode(made["prompt"][0]) and capsys.readouterr().out.strip()
     section = re.search(r"`model: (\{path.*?\})`", TEXT)
     assert section
     path = folder / "train.yaml"
