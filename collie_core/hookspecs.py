@@ -6,6 +6,11 @@ section, `cls(options)`, and registers it in the run's own plugin manager as `ki
 A hook implementation takes only the arguments that it needs, by name.
 A model plugin may state literals for `collie models`: `supports`, a tuple of words, and `checkpoints`, a
 tuple of mappings with `name` and, where known, `parameters` and `licence`.
+Optimizers and adapters may state literals for `collie methods`: `supports`, what they can be combined with
+(`zero`, `tp`, `pp`, ...), and optimizers `in_backward` and `state_bytes`, the bytes of state by options and
+by what has them: {"": {"element": 8}, "state_dtype: bfloat16": {"element": 4}}.  Those that have them:
+`element` (of any parameter), `vector element` (of one of fewer than two dimensions), `matrix element` and
+`row` and `column` (of the others); `block matrix element` (of a matrix of a block) and `other element`.
 
 Shapes: B rows, S positions, H heads, D head width, E hidden width, V vocabulary.
 """
@@ -101,7 +106,11 @@ class Optimizer(Protocol):
 
     def passes(self, step: StepBatch) -> list[str]:
         """Forward-backward passes over the step batch: `["update"]`, or `["norm", "update"]` to learn the
-        gradient norm in a pass of its own instead of keeping all gradients."""
+        gradient norm in a pass of its own instead of keeping all gradients.
+
+        Before them there may be passes by other names, whose gradients are never clipped: `update` gets each,
+        whether or not `in_backward`.  An optional method `loss(name)` gives the loss function of such a pass
+        (see `Trainer`'s loss_fn), summed over the target tokens, or None for the ordinary one."""
 
     def begin_pass(self, name: str, lr: float, loss_scale: float, grad_scale: Any) -> None:
         """Called before the first gradient of a pass is complete.
@@ -115,7 +124,7 @@ class Optimizer(Protocol):
         """Called when the pass has ended."""
 
     def update(self, name: str, parameter: nn.Parameter, gradient: Tensor, finite: Tensor) -> None:
-        """(in_backward only) Update one parameter with its complete gradient, summed over micro-batches
+        """(in_backward, and own passes) Use a parameter's complete gradient, summed over micro-batches
         and ranks.  Both are this rank's part where a layout cuts parameters; `ParameterGroup.shard(name)`
         says which part, for statistics and noise over the whole.  `finite` is a 0-d bool tensor on the
         gradient's device: where it is false neither the parameter nor any state may change; select with

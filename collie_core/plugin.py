@@ -28,6 +28,7 @@ from collie_core.models.weight_map import (
 from collie_core.ops import Context, Ops, Scores
 from collie_core.ops.rounding import Noise, round_to
 from collie_core.optimizers.descent import descend
+from collie_core.optimizers.fused import FusedOptimizer
 from collie_core.optimizers.gradients import scaled_gradient
 from collie_core.run import ParameterGroup, Run
 from collie_core.shard import Piece, Shard
@@ -41,6 +42,7 @@ __all__ = [
     "Context",
     "DataError",
     "Delta",
+    "FusedOptimizer",
     "Ignore",
     "Layout",
     "Merge",
@@ -64,9 +66,9 @@ __all__ = [
     "Transpose",
     "UserError",
     "WeightRule",
+    "adapt_embedding",
     "add_delta",
     "descend",
-    "adapt_embedding",
     "hookimpl",
     "merge_deltas",
     "nearest",

@@ -184,17 +184,17 @@ class NativeLayout:
         assert self.optimizer is not None
         for stage in self.stages:
             stage.train()
-        fused = self.optimizer.in_backward
-        names = self.optimizer.passes(step_batch) if fused else ["update"]
+        names = self.optimizer.passes(step_batch)
         random_state = RandomState(self.run.device) if len(names) > 1 else None
         norm: Tensor | None = None
         for name in names:
             if random_state is not None:
                 random_state.rewind()  # every pass draws the dropout masks of the first
-            loss, norm = self._pass(name, step_batch, lr, norm)
+            loss, measured = self._pass(name, step_batch, lr, norm)
+            norm = measured if name in ("norm", "update") else None
         assert norm is not None
         finite = torch.isfinite(loss) & torch.isfinite(norm)
-        if not fused:
+        if not self.optimizer.in_backward:
             self._step(lr, norm, finite)
         self.gradients.drop()
         # the one place where the step waits for the device
@@ -210,7 +210,12 @@ class NativeLayout:
 
         assert self.optimizer is not None
         optimizer, scale = self.optimizer, self.loss_scale.value
-        in_hooks = optimizer.in_backward and self.pipeline is None and self.options.offload == "none"
+        own = name not in ("norm", "update")  # a pass that only the optimizer knows
+        updates = own or (optimizer.in_backward and name == "update")
+        self._take_loss(name if own else None)
+        in_hooks = (
+            (updates or name == "norm") and self.pipeline is None and self.options.offload == "none"
+        )
         kept = not in_hooks or (name == "update" and self.needs_norm and norm is None)
         factor = scale / batch.target_tokens
         if self.pipeline is not None:
@@ -238,12 +243,18 @@ class NativeLayout:
         if self.options.offload == "cpu":
             total = total.cpu()  # where the updates are
         measured = self.gradients.norm().to(total.device) / scale
-        if kept and optimizer.in_backward and name != "norm":
-            optimizer.begin_pass(name, lr, scale, self._clip_factor(measured if self.needs_norm else None))
+        if kept and updates:
+            optimizer.begin_pass(name, lr, scale, self._clip_factor(None if own else measured))
             self._update_kept(torch.isfinite(total) & torch.isfinite(measured))
-        if optimizer.in_backward and name != "norm":
+        if updates:
             optimizer.end_pass(name)
         return total, measured
+
+    def _take_loss(self, name: str | None) -> None:
+        """The loss of one of the optimizer's own passes, or the run's."""
+        loss_of = getattr(self.optimizer, "loss", None) if name is not None else None
+        for stage in self.stages:
+            stage.loss_fn = self.run.loss_fn if loss_of is None else loss_of(name)
 
     def _pipelined(self, name: str, batch: StepBatch, factor: float) -> Tensor:
         """The pass through the pipeline; all gradients of this rank's stages are then complete and kept."""
@@ -291,9 +302,9 @@ class NativeLayout:
             return
         limit = self.run.config.optimizer.clip_grad_value
         factor = self._clip_factor(norm)
-        for _, _, gradient in self.gradients.kept():
-            if self.loss_scale.enabled:
-                gradient.div_(self.loss_scale.value)
+        for _, parameter, gradient in self.gradients.kept():
+            if self.loss_scale.enabled:  # in fp16 what the scale has saved would be lost again
+                gradient = parameter.grad = gradient.float() / self.loss_scale.value
             if limit is not None:
                 gradient.clamp_(-limit, limit)
             if not isinstance(factor, float):

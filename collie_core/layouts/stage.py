@@ -50,6 +50,7 @@ class Stage(nn.Module):
         self.blocks = blocks
         self.head: nn.Module | None = model.head if last else None
         self.ops, self.run, self.tp, self.vocabulary = ops, run, tp, vocabulary
+        self.loss_fn = run.loss_fn
         self.begin, self.total = begin, len(blocks) if total is None else total
         self._as_context: Callable[[Context], Context] = lambda ctx: model_context(model, ctx)
         self.run_blocks: BlockRunner | None = None
@@ -78,7 +79,7 @@ class Stage(nn.Module):
         """The loss summed over the target tokens (0-d, fp32) where the head is here, else the hidden output.
 
         h: what the stage before gave, (rows, length, hidden), its length cut under sequence parallelism.
-        custom: use the user's own loss where there is one.
+        custom: use `loss_fn` where there is one.
         """
         batch = _padded(batch.to(self.run.device), self._multiple)
         context = Context.build(batch.input_ids, position_ids=batch.positions, segments=batch.segments)
@@ -90,7 +91,7 @@ class Stage(nn.Module):
         if self.head is None:
             return h
         h = self.tp.join(h) if self.tp is not None else h
-        if custom and self.run.loss_fn is not None:
+        if custom and self.loss_fn is not None:
             return self._custom_loss(h, context, batch)
         return self.ops.linear_cross_entropy(self.head, h, batch.labels, context)
 
@@ -132,8 +133,8 @@ class Stage(nn.Module):
         return logits if self.vocabulary is None else self.vocabulary.whole(logits)
 
     def _custom_loss(self, h: Tensor, context: Context, batch: MicroBatch) -> Tensor:
-        """Call `run.loss_fn` with the arguments it names; logits[:, t] stands beside labels[:, t]."""
-        assert self.run.loss_fn is not None
+        """Call `loss_fn` with the arguments it names; logits[:, t] stands beside labels[:, t]."""
+        assert self.loss_fn is not None
         offered = {
             "logits": lambda: self._logits(h, context)[:, :-1],
             "labels": lambda: batch.labels[:, 1:],
@@ -143,12 +144,12 @@ class Stage(nn.Module):
             "batch": lambda: batch,
         }
         names = [
-            p.name for p in inspect.signature(self.run.loss_fn).parameters.values() if p.default is p.empty
+            p.name for p in inspect.signature(self.loss_fn).parameters.values() if p.default is p.empty
         ]
         unknown = [name for name in names if name not in offered]
         if unknown:
             raise ConfigError(f"loss_fn takes {unknown[0]!r}, but it may take: {', '.join(offered)}")
-        loss = self.run.loss_fn(**{name: offered[name]() for name in names})
+        loss = self.loss_fn(**{name: offered[name]() for name in names})
         if loss.shape == batch.labels[:, 1:].shape:  # one loss a token: what has no target does not count
             loss = loss.masked_fill(batch.labels[:, 1:] == -100, 0.0).sum()
         if loss.ndim:

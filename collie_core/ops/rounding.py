@@ -119,6 +119,16 @@ def _stochastic(target: Tensor, source: Noise) -> tuple[int, Callable[[Tensor, s
     return place.length, rounded
 
 
+def uniform(target: Tensor, source: Noise) -> Tensor:
+    """Numbers from [0, 1), fp32, of target's shape: `source`'s noise, for a rounding of one's own."""
+    place = counters(target, source)
+    key = torch.full((), place.key, dtype=torch.int32, device=target.device)
+    starts = place.starts if place.starts is not None else key.new_zeros(1, dtype=torch.int64)
+    inside = torch.arange(place.length, device=target.device)
+    counter = (starts[:, None] + inside + place.origin).to(torch.int32)
+    return (noise(counter, key) / 65536.0).view(target.shape)
+
+
 def _pieces(rows: Tensor) -> Iterator[tuple[slice, slice]]:
     """Slices of (runs, length) that cover it, each of about one chunk."""
     runs, length = rows.shape

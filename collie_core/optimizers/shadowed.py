@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,39 +11,55 @@ from torch import Tensor, nn
 
 from collie_core.errors import CheckpointError, nearest
 from collie_core.ops.rounding import round_to
+from collie_core.optimizers.fused import FusedOptimizer
+from collie_core.optimizers.gradients import scaled_gradient
 from collie_core.run import ParameterGroup
 from collie_core.shard import Shard
 
 if TYPE_CHECKING:
-    from collie_core.data.batch import StepBatch
     from collie_core.run import Run
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One torch optimizer, the names of its parameters in its order, and what its only one stands for:
-    a shadow in fp32 (empty between steps) of the part of a parameter of lower precision, or None."""
+    """One torch optimizer and the names of its parameters in its order.
+
+    alone: the part of the only parameter that it updates, or None where fp32 parameters share it.  One of
+    lower precision is updated on a shadow in fp32, which is empty between steps.
+    narrow: its states of lower precision between steps, by their keys.
+    """
 
     optimizer: torch.optim.Optimizer
     names: list[str]
-    shadowed: Shard | None
+    alone: Shard | None = None
+    narrow: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The only group of one that is alone."""
+        group: dict[str, Any] = self.optimizer.param_groups[0]
+        return group
 
-class ShadowedOptimizer:
+
+class ShadowedOptimizer(FusedOptimizer):
     """`torch_class(options)` over the groups of a run.
 
-    fp32 parameters share one torch optimizer.  Each bf16 or fp16 parameter has its own, over an fp32 shadow
-    that holds values only while this parameter is updated; states are fp32.  The noise of bf16 rounding is
+    fp32 parameters share one torch optimizer, where nothing speaks against it.  Each bf16 or fp16 parameter
+    has its own, over an fp32 shadow that holds values only while this parameter is updated.  So has every
+    parameter where states are not fp32, or updates are in the backward pass.  The noise of bf16 rounding is
     that of step `run.step + 1`.
 
     torch_class, groups and options are the recipe, for a layout that updates flat parts of parameters itself.
+    in_backward: `update` is called instead of `step`; on CUDA options then say `fused`, since torch's fused
+    kernels alone can leave a parameter as it was without asking the host.
+    two_pass, clip_grad_value: as FusedOptimizer's.
+    zero_states: states that are zero before the first step and that torch makes of the first gradient alone.
+    state_dtype: of the states of a parameter's elements.
     """
-
-    in_backward = False
 
     def __init__(
         self,
@@ -51,39 +67,57 @@ class ShadowedOptimizer:
         groups: Sequence[ParameterGroup],
         options: Mapping[str, Any],
         run: Run,
+        *,
+        in_backward: bool = False,
+        two_pass: bool = False,
+        clip_grad_value: float | None = None,
+        zero_states: Sequence[str] = (),
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.run, self.torch_class, self.groups, self.options = run, torch_class, groups, options
+        super().__init__(
+            groups,
+            in_backward=in_backward,
+            two_pass=two_pass,
+            clip_grad_value=clip_grad_value,
+            seed=run.seed,
+        )
+        self.run, self.torch_class, self.options, self.state_dtype = run, torch_class, options, state_dtype
         self.parts: list[_Part] = []
-        plain_groups: list[dict[str, Any]] = []
-        plain_names: list[str] = []
+        shared: list[dict[str, Any]] = []
+        names: list[str] = []
+        together = not in_backward and state_dtype == torch.float32
         for group in groups:
             settings = {"lr_scale": group.lr_scale, "weight_decay": group.weight_decay}
-            plain = {name: p for name, p in group.parameters.items() if p.dtype == torch.float32}
+            plain = {n: p for n, p in group.parameters.items() if together and p.dtype == torch.float32}
             if plain:
-                plain_groups.append({"params": list(plain.values()), **settings})
-                plain_names += plain
+                shared.append({"params": list(plain.values()), **settings})
+                names += plain
             for name, parameter in group.parameters.items():
                 if name not in plain:
-                    shadow = nn.Parameter(parameter.detach().float())
-                    optimizer = torch_class([{"params": [shadow], **settings}], **options)
-                    _empty(shadow)
+                    own = parameter if parameter.dtype == torch.float32 else _shadow(parameter)
+                    optimizer = torch_class([{"params": [own], **settings}], **options)
+                    if in_backward and zero_states:
+                        zeros = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+                        optimizer.state[own] = {key: zeros.clone() for key in zero_states}
+                    if own is not parameter:
+                        _empty(own)
                     self.parts.append(_Part(optimizer, [name], group.shard(name)))
-        if plain_groups:
-            self.parts.append(_Part(torch_class(plain_groups, **options), plain_names, None))
+        if shared:
+            self.parts.append(_Part(torch_class(shared, **options), names))
+        self._part_of = {part.names[0]: part for part in self.parts if part.alone is not None}
 
-    def passes(self, step: StepBatch) -> list[str]:
-        """One pass."""
-        return ["update"]
-
-    def begin_pass(self, name: str, lr: float, loss_scale: float, grad_scale: float | Tensor) -> None:
-        """Nothing happens before `step`."""
-
-    def end_pass(self, name: str) -> None:
-        """Nothing happens before `step`."""
-
+    @torch.no_grad()
     def update(self, name: str, parameter: nn.Parameter, gradient: Tensor, finite: Tensor) -> None:
-        """Never called: the update is `step`."""
-        raise NotImplementedError(f"{type(self).__name__} updates in step(), after the backward pass")
+        """One parameter's step; see `collie_core.hookspecs.Optimizer`."""
+        part = self._part_of[name]
+        part.settings["lr"] = self.lr * part.settings["lr_scale"]
+        if finite.device.type != "cpu":  # torch's protocol for gradient scalers: 1 lets the kernel do nothing
+            part.optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
+        elif not bool(finite):  # asking costs nothing on the CPU
+            return
+        self._step_alone(
+            part, scaled_gradient(gradient, self.loss_scale, self.grad_scale, self.clip_grad_value)
+        )
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -91,27 +125,49 @@ class ShadowedOptimizer:
         for part in self.parts:
             for group in part.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            if part.shadowed is None:
+            if part.alone is None:
                 part.optimizer.step()
-            elif part.shadowed.local.grad is not None:
-                self._step_shadowed(part, part.shadowed)
+            elif part.alone.local.grad is not None:
+                self._step_alone(part, part.alone.local.grad.float())
 
-    def _step_shadowed(self, part: _Part, shard: Shard) -> None:
-        [shadow], parameter = part.parameters, shard.local
-        assert parameter.grad is not None
-        shadow.data = parameter.detach().float()
-        shadow.grad = parameter.grad.float()
+    def _step_alone(self, part: _Part, gradient: Tensor) -> None:
+        """gradient: fp32, of the parameter's shape."""
+        assert part.alone is not None
+        [own], parameter = part.parameters, part.alone.local
+        state = part.optimizer.state[own]
+        if own is not parameter:
+            own.data = parameter.detach().float()
+        own.grad = gradient
+        for key, value in part.narrow.items():
+            state[key] = value.float()
         part.optimizer.step()
+        own.grad = None
+        if self.state_dtype != torch.float32:
+            self._narrow(part, part.alone, state)
+        if own is not parameter:
+            self._round(parameter.detach(), own.detach(), part.alone, part.alone.name)
+            _empty(own)
+
+    def _narrow(self, part: _Part, shard: Shard, state: dict[str, Any]) -> None:
+        """Round the states of elements stochastically; one that was not updated keeps every bit."""
+        for key, value in state.items():
+            if key != "step" and isinstance(value, Tensor) and value.shape == shard.local.shape:
+                if key not in part.narrow:
+                    part.narrow[key] = torch.zeros_like(value, dtype=self.state_dtype)
+                self._round(part.narrow[key], value, shard, f"{shard.name}.{key}")
+                state[key] = part.narrow[key]
+
+    def _round(self, target: Tensor, value: Tensor, shard: Shard, name: str) -> None:
+        step = self.run.step + 1
         round_to(
-            parameter.detach(),
-            shadow.detach(),
-            seed=self.run.seed,
-            step=self.run.step + 1,
-            name=shard.name,
+            target,
+            value,
+            seed=self.seed,
+            step=step,
+            name=name,
             offset=shard.offsets,
             global_shape=shard.shape,
         )
-        _empty(shadow)
 
     def state_dict(self) -> dict[str, Tensor]:
         """`<parameter>.<state>`: torch's own state tensors, step counts included."""
@@ -119,7 +175,7 @@ class ShadowedOptimizer:
             f"{name}.{key}": value
             for part in self.parts
             for name, parameter in zip(part.names, part.parameters, strict=True)
-            for key, value in part.optimizer.state[parameter].items()
+            for key, value in part.optimizer.state.get(parameter, {}).items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -138,7 +194,14 @@ class ShadowedOptimizer:
             saved["state"] = {
                 index: by_parameter[name] for index, name in enumerate(part.names) if by_parameter[name]
             }
-            part.optimizer.load_state_dict(saved)
+            part.optimizer.load_state_dict(saved)  # this makes fp32 of the states of fp32 parameters
+            if part.alone is not None and self.state_dtype != torch.float32:
+                part.narrow.clear()
+                self._narrow(part, part.alone, part.optimizer.state[part.parameters[0]])
+
+
+def _shadow(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().float())
 
 
 def _empty(shadow: nn.Parameter) -> None:

@@ -16,7 +16,9 @@ from collie_core.registry import Registry
 from collie_core.train.setup import checked_plugins
 
 UNDER = ("dp2_zero3", "tp2_sp", "pp2")
-OTHERS = sorted({i.name for i in Registry().plugins() if i.kind == "optimizer"} - METHODS.keys())
+#: 8-bit states, which no CPU serves
+CUDA_ALONE = {"adamw8bit"}
+OTHERS = sorted({i.name for i in Registry().plugins() if i.kind == "optimizer"} - METHODS.keys() - CUDA_ALONE)
 
 
 def accepted(name: str, layout: str) -> bool:
@@ -47,8 +49,13 @@ def alone(
     return found
 
 
-def test_what_needs_whole_parameters_is_refused_where_they_are_cut() -> None:
-    assert {layout for layout in UNDER if accepted("adafactor", layout)} == {"pp2"}
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_what_needs_whole_parameters_is_refused_where_they_are_cut(name: str) -> None:
+    assert {layout for layout in UNDER if accepted(name, layout)} == {"pp2"}
+
+
+def test_what_needs_whole_rows_is_refused_where_they_are_cut() -> None:
+    assert {layout for layout in UNDER if accepted("adamw8bit", layout)} == {"dp2_zero3", "pp2"}
 
 
 @pytest.mark.parametrize("layout", UNDER)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ASGD": {"t0": 1.0},
 }
 NAMES = sorted(PLUGINS)
+OURS = {"in_backward", "clip_mode", "state_dtype"}
+#: what the plugins ask of a layout
+PLACE: Any = SimpleNamespace(needs_norm=False)
 
 
 def run_of(tmp_path: Path, name: str, **section: Any) -> Run:
@@ -78,7 +82,8 @@ def test_options_are_those_of_the_constructor(name: str) -> None:
         for key, parameter in inspect.signature(plugin.torch_class).parameters.items()
         if key not in ("params", "lr", "weight_decay", "foreach", "capturable", "differentiable", "fused")
     }
-    assert dataclasses.asdict(plugin.options) == defaults
+    assert plugin.constructor_options == defaults
+    assert dataclasses.asdict(plugin.options).keys() - defaults.keys() <= OURS
     assert plugin.default_lr > 0
 
 
@@ -106,12 +111,12 @@ def test_fp32_is_torch_bit_for_bit(tmp_path: Path, name: str) -> None:
     assert isinstance(theirs, nn.Sequential)
     decay = {} if name == "Rprop" else {"weight_decay": 0.1}
     plugin, run = plugin_of(name, **OPTIONS.get(name, {})), run_of(tmp_path, name, **decay)
-    optimizer = plugin.collie_optimizer(ours, run)
+    optimizer = plugin.collie_optimizer(ours, PLACE, run)
     # torch's own grouping of what is decayed: matrices that are no embeddings
     decayed = [theirs[1].weight, theirs[3].weight]
     rest = [p for p in theirs.parameters() if all(p is not other for other in decayed)]
     groups = [{"params": rest, **({"weight_decay": 0.0} if decay else {})}, {"params": decayed, **decay}]
-    options = dataclasses.asdict(plugin.options)
+    options = plugin.constructor_options
     reference = plugin.torch_class(groups, **options)
     lrs = [0.1, 0.05, 0.025, 0.0125]
     for step, lr in enumerate(lrs, start=1):
@@ -128,7 +133,7 @@ def test_defaults_of_the_core_and_of_torch(tmp_path: Path) -> None:
     """Unset weight decay is torch's default; a group's rate scales with the schedule."""
     run = run_of(tmp_path, "AdamW", lr=0.1, param_groups=[{"params": "1.*", "lr": 0.2}])
     model = model_of()
-    optimizer: Any = plugin_of("AdamW").collie_optimizer(model, run)
+    optimizer: Any = plugin_of("AdamW").collie_optimizer(model, PLACE, run)
     advance(optimizer, run, model, [0.05])
     found = {(g["lr"], g["weight_decay"]) for part in optimizer.parts for g in part.optimizer.param_groups}
     assert found == {(0.05, 0.0), (0.05, 0.01), (0.1, 0.0), (0.1, 0.01)}
@@ -141,15 +146,15 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str, dtyp
     plugin = plugin_of(name, **OPTIONS.get(name, {}))
     straight, first, resumed = model_of(dtype), model_of(dtype), model_of(dtype)
     run = run_of(tmp_path, name)
-    advance(plugin.collie_optimizer(straight, run), run, straight, lrs)
+    advance(plugin.collie_optimizer(straight, PLACE, run), run, straight, lrs)
     run = run_of(tmp_path, name)
-    optimizer = plugin.collie_optimizer(first, run)
+    optimizer = plugin.collie_optimizer(first, PLACE, run)
     advance(optimizer, run, first, lrs[:3])
     saved = optimizer.state_dict()
     assert all(isinstance(value, Tensor) for value in saved.values())
     assert {value.dtype for value in saved.values() if value.numel() > 1} <= {torch.float32}
     resumed.load_state_dict(first.state_dict())
-    second = plugin.collie_optimizer(resumed, run)
+    second = plugin.collie_optimizer(resumed, PLACE, run)
     second.load_state_dict({key: value.clone() for key, value in saved.items()})
     advance(second, run, resumed, lrs[3:])
     assert equal(straight, resumed)
@@ -157,19 +162,19 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str, dtyp
 
 def test_loading_copies(tmp_path: Path) -> None:
     run, model = run_of(tmp_path, "AdamW"), model_of()
-    optimizer = plugin_of("AdamW").collie_optimizer(model, run)
+    optimizer = plugin_of("AdamW").collie_optimizer(model, PLACE, run)
     advance(optimizer, run, model, [0.1])
     saved = optimizer.state_dict()
     before = {key: value.clone() for key, value in saved.items()}
     other = model_of()
-    second = plugin_of("AdamW").collie_optimizer(other, run)
+    second = plugin_of("AdamW").collie_optimizer(other, PLACE, run)
     second.load_state_dict(saved)
     advance(second, run, other, [0.1])
     assert all(torch.equal(saved[key], value) for key, value in before.items())
 
 
 def test_state_of_an_unknown_parameter_is_refused(tmp_path: Path) -> None:
-    optimizer = plugin_of("AdamW").collie_optimizer(model_of(), run_of(tmp_path, "AdamW"))
+    optimizer = plugin_of("AdamW").collie_optimizer(model_of(), PLACE, run_of(tmp_path, "AdamW"))
     with pytest.raises(CheckpointError, match=r"'1\.wieght' is no parameter.*did you mean '1\.weight'"):
         optimizer.load_state_dict({"1.wieght.exp_avg": torch.zeros(5, 6)})
 
@@ -177,7 +182,7 @@ def test_state_of_an_unknown_parameter_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_no_fp32_copy_of_the_model_is_kept(tmp_path: Path, dtype: torch.dtype) -> None:
     run, model = run_of(tmp_path, "SGD"), model_of(dtype)
-    optimizer: Any = plugin_of("SGD").collie_optimizer(model, run)
+    optimizer: Any = plugin_of("SGD").collie_optimizer(model, PLACE, run)
     advance(optimizer, run, model, [0.1])
     assert optimizer.state_dict() == {}
     assert all(p.numel() == 0 for part in optimizer.parts for p in part.parameters)
@@ -188,7 +193,7 @@ def test_frozen_parameters_and_missing_gradients(tmp_path: Path) -> None:
     frozen, unused = model[0].weight, model[3].weight  # type: ignore[index]
     frozen.requires_grad_(False)
     before = [frozen.detach().clone(), unused.detach().clone()]
-    optimizer = plugin_of("AdamW").collie_optimizer(model, run)
+    optimizer = plugin_of("AdamW").collie_optimizer(model, PLACE, run)
     set_gradients(model, 1)
     frozen.grad = unused.grad = None
     optimizer.step(0.1)
@@ -204,7 +209,7 @@ def test_bfloat16_adamw_keeps_up_with_fp32(tmp_path: Path) -> None:
     def trained(dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
         run = run_of(tmp_path, "AdamW", weight_decay=0.0)
         model = nn.ParameterDict({"w": nn.Parameter(torch.ones(size, dtype=dtype))})
-        optimizer = plugin_of("AdamW").collie_optimizer(model, run)
+        optimizer = plugin_of("AdamW").collie_optimizer(model, PLACE, run)
         generator = torch.Generator().manual_seed(0)
         for step in range(steps):
             scale = 1.0 if step < 200 else 0.03
@@ -227,7 +232,7 @@ def test_replicas_stay_bit_equal(tmp_path: Path) -> None:
     models = [model_of(torch.bfloat16), model_of(torch.bfloat16)]
     for rank, model in enumerate(models):
         run = run_of(tmp_path, "AdamW")
-        optimizer = plugin_of("AdamW").collie_optimizer(model, run)
+        optimizer = plugin_of("AdamW").collie_optimizer(model, PLACE, run)
         torch.manual_seed(rank)  # each rank has its own generator
         advance(optimizer, run, model, [1e-3] * 5)
     assert equal(*models)
