@@ -29,6 +29,8 @@ def read_folder(folder: Path, kind: type) -> tuple[Any, dict[str, Tensor]]:
     """The config, of class `kind` of peft, and the tensors.  Raises CheckpointError, naming the file."""
     from peft import PeftConfig
 
+    if not (folder / "adapter_config.json").is_file():  # peft would ask a hub
+        raise CheckpointError(f"{folder}: no folder of an adapter: it has no adapter_config.json")
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -34,8 +34,8 @@ def own_logits(path: Path, **how: Any) -> Tensor:
         return AutoModelForCausalLM.from_pretrained(path, **how)(IDS).logits
 
 
-def peft_logits(base: Path, *adapters: Path) -> Tensor:
-    """By stock peft on stock transformers."""
+def peft_model(base: Path, *adapters: Path) -> Any:
+    """Stock transformers' model with stock peft's adapters."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM as Stock
 
@@ -44,5 +44,11 @@ def peft_logits(base: Path, *adapters: Path) -> Tensor:
         model.load_adapter(str(adapter), adapter_name=adapter.name)
     if len(adapters) > 1:
         model.base_model.set_adapter(["default", *(adapter.name for adapter in adapters[1:])])
+    return model.eval()
+
+
+def peft_logits(base: Path, *adapters: Path) -> Tensor:
+    """Its logits of IDS."""
     with torch.no_grad():
-        return model.eval()(IDS).logits
+        logits: Tensor = peft_model(base, *adapters)(IDS).logits
+    return logits

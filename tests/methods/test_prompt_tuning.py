@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_runs import IDS, lora_config, own_logits, peft_logits
-from training_helpers import losses
+import torch
+from adapter_runs import IDS, lora_config, own_logits, peft_logits, peft_model
+from safetensors.torch import load_file
+from training_helpers import config, losses
 
-from collie_core import Trainer
+from collie_core import AutoModelForCausalLM, Trainer
+from collie_core.errors import UserError
 
 KINDS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"name": "prompt_tuning"},
@@ -23,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(kind: str, model: Path, data: Path, out: Path, **changes: Any) -> Any:
+def run(kind: str, model: Path, data: Path, out: Path, /, **changes: Any) -> Any:
     section = {"num_virtual_tokens": 5, **KINDS[kind]}
     return Trainer(lora_config(model, data, out, section, **changes)).train()
 
@@ -39,3 +42,79 @@ def test_peft_gives_the_logits_of_the_trained_adapter(
     assert float((ours - own_logits(tiny_llama)).abs().max()) > 1e-3
     theirs = peft_logits(tiny_llama, result.model)[:, -IDS.shape[1] :]
     assert float((ours - theirs).abs().max()) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["prompt_tuning", "prefix_tuning"])
+def test_generation_goes_on_from_the_virtual_tokens(
+    kind: str, tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    result = run(kind, tiny_llama, data_file, tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(result.model)
+    found = model.generate(IDS, max_new_tokens=8, eos_token_id=-1)
+    theirs, expected = peft_model(tiny_llama, result.model), IDS
+    with torch.no_grad():  # without a cache: with one peft 0.21.2 on transformers 5.24 goes on otherwise
+        for _ in range(8):
+            expected = torch.cat([expected, theirs(expected).logits[:, -1:].argmax(-1)], 1)
+    assert found.tolist() == expected.tolist()
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), IDS], 1)
+    both = torch.cat([padded, torch.full((1, 11), 9)])
+    mask = torch.cat([(torch.arange(11) >= 3)[None], torch.ones(1, 11, dtype=torch.bool)])
+    rows = model.generate(both, attention_mask=mask, max_new_tokens=8, eos_token_id=-1)
+    assert rows[0, 3:].tolist() == found[0].tolist()
+
+
+@pytest.mark.parametrize("kind", ["prompt_tuning", "prefix_tuning"])
+def test_packed_records_have_virtual_tokens_each(
+    kind: str, tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    for packing in (False, True):
+        data = {"train": str(data_file), "eval": str(data_file), "max_length": 192, "packing": packing}
+        train = {"micro_batch_size": 40, "max_steps": 1}
+        run(kind, tiny_llama, data_file, tmp_path / str(packing), data=data, train=train)
+    first = [losses(tmp_path / str(packing))[0] for packing in (False, True)]
+    assert first[1] == pytest.approx(first[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_resuming_and_going_on_from_a_folder(
+    kind: str, tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    data = {"train": str(data_file), "eval": str(data_file), "max_length": 64}
+    whole = run(kind, tiny_llama, data_file, tmp_path / "whole", data=data)
+    for steps in (2, 4):
+        train = {"micro_batch_size": 4, "max_steps": steps}
+        parts = run(kind, tiny_llama, data_file, tmp_path / "parts", data=data, train=train)
+    expected, found = (load_file(r.model / "adapter_model.safetensors") for r in (whole, parts))
+    assert torch.equal(expected["prompt_embeddings"], found["prompt_embeddings"])
+    again = Trainer(config(tmp_path / "parts", data_file, tmp_path / "none", data=data)).evaluate()
+    assert again == pytest.approx(whole.evaluation, rel=1e-6)
+    section = {"name": KINDS[kind]["name"], "path": str(whole.model)}
+    still = {"optimizer": {"name": "sgd", "lr": 1e-30}, "data": data}
+    more = Trainer(lora_config(tiny_llama, data_file, tmp_path / "more", section, **still)).train()
+    found = load_file(more.model / "adapter_model.safetensors")
+    assert torch.equal(expected["prompt_embeddings"], found["prompt_embeddings"])
+
+
+def test_virtual_tokens_cannot_be_merged(tiny_llama: Path, data_file: Path, tmp_path: Path) -> None:
+    result = run("prompt_tuning", tiny_llama, data_file, tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(result.model)
+    with pytest.raises(UserError, match="virtual tokens cannot be merged"):
+        model.merge_adapters()
+    model.save_pretrained(tmp_path / "copy")
+    assert torch.equal(own_logits(tmp_path / "copy"), own_logits(result.model))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ([{"name": "p_tuning"}, {"name": "prefix_tuning", "adapter_name": "b"}], "one adapter alone can put"),
+        ([{"name": "prompt_tuning", "num_virtual_tokens": 64}], "leave no room for a record"),
+        ([{"name": "prompt_tuning", "prompt_tuning_init": "text"}], "needs prompt_tuning_init_text"),
+    ],
+)
+def test_what_is_refused(
+    sections: list[dict[str, Any]], message: str, tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        Trainer(lora_config(tiny_llama, data_file, tmp_path / "run", *sections)).train()
+    assert not (tmp_path / "run").exists()
