@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from family_checkpoints import golden_folder
 
@@ -42,7 +43,7 @@ def test_transformers_tokenises_and_generates_the_same(family: str, tmp_path: Pa
     shutil.rmtree(source)
 
     theirs: Any = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=False)
-    stock: Any = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False).eval()
+    stock: Any = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     assert {name: getattr(theirs, name) for name in names} == expected
     for text, ids in tokens.items():
         assert theirs(text)["input_ids"] == ids[0].tolist(), text
@@ -50,6 +51,11 @@ def test_transformers_tokenises_and_generates_the_same(family: str, tmp_path: Pa
         if family == "moss":  # its white-space tokens swallow the line breaks beside them
             back, text = "".join(back.split()), "".join(text.split())
         assert back.strip() == text.strip()
+    again = AutoModelForCausalLM.from_pretrained(out)
+    sample = tokens[TEXTS[0]]
+    torch.testing.assert_close(again(sample).logits, model(sample).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(stock(sample).logits, model(sample).logits, atol=1e-4, rtol=1e-4)
+    assert AutoTokenizer.from_pretrained(out)(TEXTS[0])["input_ids"] == sample[0].tolist()
     stock.generation_config.eos_token_id = None
     for text, ids in new.items():
         inputs = theirs(text, return_tensors="pt")
