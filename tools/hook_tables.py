@@ -45,7 +45,8 @@ def tables() -> str:
 
 def interface(protocol: type) -> list[str]:
     """The table of one of the interfaces that factories return."""
-    rows = [f"### {protocol.__name__}", "", (protocol.__doc__ or "").strip(), "", "| member | |", "|---|---|"]
+    rows = [f"### {protocol.__name__}", "", (inspect.getdoc(protocol) or "").strip(), ""]
+    rows += ["| member | |", "|---|---|"]
     attributes = ", ".join(f"`{name}`" for name in inspect.get_annotations(protocol))
     rows += [f"| {attributes} | attributes |"] if attributes else []
     for name, member in vars(protocol).items():

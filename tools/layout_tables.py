@@ -98,10 +98,12 @@ def _tests() -> tuple[dict[str, dict[str, Any]], list[tuple[str, list[str], list
     jobs = importlib.import_module("layout_jobs")
     parity = importlib.import_module("test_parity")
     others = importlib.import_module("test_optimizers")
+    adapters = importlib.import_module("test_adapters")
     layouts = {name: keys for name, (_, keys) in jobs.LAYOUTS.items()}
     return layouts, [
         ("test_parity", list(parity.INSTALLED), list(parity.MANY)),
         ("test_optimizers", list(others.OTHERS), list(others.UNDER)),
+        ("test_adapters", adapters.METHODS, adapters.UNDER),
     ]
 
 

@@ -57,6 +57,7 @@ class LoraPlugin:
     """LoRA (Hu et al. 2021, arXiv 2106.09685), with rsLoRA, DoRA, LoRA+ and PiSSA."""
 
     collie_api = 1
+    supports = ("zero", "tp", "pp", "deepspeed", "packing")
     default_lr_factor = 10.0  # Schulman and Thinking Machines 2025, "LoRA Without Regret"
     Options = LoraOptions
 

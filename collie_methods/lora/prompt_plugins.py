@@ -62,6 +62,7 @@ class PromptTuningPlugin:
     """Prompt tuning: trained vectors before every record (Lester et al. 2021, arXiv 2104.08691)."""
 
     collie_api = 1
+    supports = ("zero", "tp", "pp", "deepspeed", "packing")
     default_lr_factor = 100.0  # vectors of few tokens: peft's examples take 1e-3 to 3e-2 with AdamW
     Options = PromptTuningOptions
 
@@ -90,6 +91,7 @@ class PTuningPlugin:
     """P-tuning: vectors before every record, from a trained encoder (Liu et al. 2021, arXiv 2103.10385)."""
 
     collie_api = 1
+    supports = ("zero", "tp", "pp", "deepspeed", "packing")
     default_lr_factor = 10.0
     Options = PTuningOptions
 
@@ -113,6 +115,7 @@ class PrefixTuningPlugin:
     """Prefix tuning: keys and values before every record (Li and Liang 2021, arXiv 2101.00190)."""
 
     collie_api = 1
+    supports = ("zero", "tp", "pp", "deepspeed", "packing")
     default_lr_factor = 100.0
     Options = PrefixTuningOptions
 

@@ -21,6 +21,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "adapters": [{"name": "prompt_tuning", "num_virtual_tokens": 5}],
         "optimizer": {"name": "lomo", "lr": 0.1, "clip_grad_norm": 0.5},
     },
+    "p_tuning": {
+        "adapters": [{"name": "p_tuning", "num_virtual_tokens": 5}],
+        "optimizer": {"name": "sgd", "lr": 0.1},
+    },
     "prefix_and_lora": {
         "adapters": [
             {"name": "prefix_tuning", "num_virtual_tokens": 3},
@@ -30,6 +34,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "data": {"packing": True},
     },
 }
+
+
+METHODS = sorted({adapter["name"] for sections in VARIANTS.values() for adapter in sections["adapters"]})
+UNDER = ["dp2_zero3", "tp2_sp", "dp2_tp2_pp2"]
 
 
 def trainings(folder: Path, layout: str, model: Path, data: Path) -> dict[str, Training]:
@@ -50,7 +58,7 @@ def alone(
     return found
 
 
-@pytest.mark.parametrize("layout", ["dp2_zero3", "tp2_sp", "dp2_tp2_pp2"])
+@pytest.mark.parametrize("layout", UNDER)
 def test_a_layout_gives_what_one_process_gives(
     layout: str, alone: dict[str, Training], tmp_path: Path, make_llama: Callable[..., Path], data: Path
 ) -> None:
