@@ -1,11 +1,12 @@
 """Training steps of each layout beside one process and beside torch's bare engine, and what each rank holds.
 
 Every layout is a job of its own with real processes (gloo, CPU).  In it our run, `Trainer(config).train()`, a
-bare loop over the same module under DDP (zero_stage 0), DeepSpeed (where it is the layout) or FSDP2 (all
-others, with as many processes), and a bare loop in one of the processes, with as many threads, take turns in
-windows of a few steps; ratios are of neighbouring windows.  Then ours and the bare engine run alone, for the
-peak of resident memory and the bytes of live weights, gradients and optimizer states at the update, beside
-what the layout is expected to hold.
+bare loop over the same module under the bare engine, and a bare loop in one of the processes, with as many
+threads, take turns in windows of a few steps; ratios are of neighbouring windows.  The bare engine is DDP for
+zero_stage 0, DeepSpeed where that is the layout, torch's own tensor parallelism (with FSDP2 over dp) for tp,
+and FSDP2 with as many processes for all others.  Then ours and the bare engine run alone, for the peak of
+resident memory and the bytes of live weights, gradients and optimizer states at the update, beside what the
+layout is expected to hold.
 
     python benchmarks/parallel.py --layouts "dp2 zero 3" tp2
 """
@@ -91,7 +92,11 @@ def bare_step(job: Mapping[str, Any], alone: bool) -> Step:
         stage = layout.get("zero_stage")
         if layout.get("name") == "deepspeed":
             return deepspeed_step(model, batch, stage)
-        if job["changes"].get("dp_size") == 2 and stage == 0:
+        tp = job["changes"].get("tp_size", 1)
+        if tp > 1:
+            sequence = layout.get("sequence_parallel", True)
+            batch = torch_tensor_parallel(model, rows(job), tp, sequence)
+        elif job["changes"].get("dp_size") == 2 and stage == 0:
             model = DistributedDataParallel(model)
         else:
             for block in model.blocks.values():
@@ -99,12 +104,59 @@ def bare_step(job: Mapping[str, Any], alone: bool) -> Step:
             fully_shard(model, reshard_after_forward=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
 
-    def step() -> None:
-        model(batch, labels=batch).loss.backward()
+    def step() -> Tensor:
+        loss: Tensor = model(batch, labels=batch).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        return loss.detach()
 
     return step
+
+
+def torch_tensor_parallel(model: Any, batch: Tensor, tp: int, sequence: bool) -> Tensor:
+    """Cut a LLaMA by DTensor plans, and by FSDP2 what dp is left; this rank's rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    dp = dist.get_world_size() // tp
+    mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
+    outside = Shard(1) if sequence else Replicate()
+    columns, rows_ = ColwiseParallel(), RowwiseParallel(output_layouts=outside)
+    plan: dict[str, Any] = {
+        **{f"blocks.*.attention.{name}_proj": columns for name in "qkv"},
+        "blocks.*.attention.o_proj": rows_,
+        "blocks.*.mlp.gate_proj": columns,
+        "blocks.*.mlp.up_proj": columns,
+        "blocks.*.mlp.down_proj": rows_,
+        "embed.tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=outside),
+        "head.lm_head": ColwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
+    }
+    if sequence:
+        gathered = {"input_layouts": Shard(1), "desired_input_layouts": Replicate()}
+        plan |= {
+            "blocks.*.attention_norm": SequenceParallel(),
+            "blocks.*.mlp_norm": SequenceParallel(),
+            "blocks.*.attention": PrepareModuleInput(
+                input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)
+            ),
+            "blocks.*.mlp": PrepareModuleInput(**gathered),
+            "head.norm": SequenceParallel(),
+        }
+    parallelize_module(model, mesh["tp"], plan)
+    if dp > 1:
+        for block in model.blocks.values():
+            fully_shard(block, mesh=mesh["dp"])
+        fully_shard(model, mesh=mesh["dp"], reshard_after_forward=False)
+    return batch.chunk(dp)[dist.get_rank() // tp]
 
 
 def deepspeed_step(model: Any, batch: Tensor, stage: int) -> Step:
