@@ -46,6 +46,10 @@ def known_plugins() -> list[dict[str, Any]]:
                     entry["supports"] = found.supports
                 if found.checkpoints:
                     entry["checkpoints"] = found.checkpoints
+                if found.in_backward:
+                    entry["in_backward"] = True
+                if found.state_bytes:
+                    entry["state_bytes"] = found.state_bytes
                 entries.append(entry)
     present = {(entry["kind"], entry["name"]) for entry in entries}
     entries += [_entry(*planned, False) for planned in PLANNED if planned[:2] not in present]

@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "write a model in Hugging Face layout",
     "plugins": "list the installed plugins",
     "models": "list the model families and their checkpoints",
+    "methods": "list the optimizers and adapters, what they cost and what they can be combined with",
     "config": "check or show a YAML file, or print the JSON schema",
     "data": "show the records of a YAML file as the model sees them",
     "slurm": "write a job for slurm and submit it",

@@ -1,9 +1,13 @@
-"""What a model plugin declares of its family, read from its source: nothing is imported.
+"""What a plugin declares of itself, read from its source: nothing is imported.
 
 A plugin class may state, as literals,
 
     supports = ("flash", "tp", "pp")
     checkpoints = ({"name": "openlm-research/open_llama_3b", "parameters": "3.4B", "licence": "..."}, ...)
+    in_backward = True
+    state_bytes = {"": {"element": 8}, "state_dtype: bfloat16": {"element": 4}}
+
+(`collie_core.hookspecs` says which kind states what), or have them from a base class in the same file.
 """
 
 from __future__ import annotations
@@ -12,19 +16,24 @@ import ast
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+STATED = ("checkpoints", "supports", "in_backward", "state_bytes")
 
 
 @dataclass(frozen=True)
 class Declarations:
     """summary: the first line of the class's docstring.  checkpoints: mappings with `name`, and `parameters`
-    and `licence` where they are stated.  supports: what the family can do, in words."""
+    and `licence` where they are stated.  supports: what it can do, or be combined with, in words.
+    in_backward: gradients are used and freed one by one.  state_bytes: by options, what has how many."""
 
     summary: str = ""
     checkpoints: tuple[Mapping[str, str], ...] = ()
     supports: tuple[str, ...] = ()
+    in_backward: bool = False
+    state_bytes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def declared(value: str, roots: Sequence[Path] | None = None) -> Declarations:
@@ -38,29 +47,51 @@ def declared(value: str, roots: Sequence[Path] | None = None) -> Declarations:
             tree = ast.parse(file.read_text(encoding="utf-8"))
         except (OSError, SyntaxError, ValueError):
             continue
+        classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+        if name in classes:
+            return _of_class(classes[name], classes)
         for node in tree.body:
-            if isinstance(node, ast.ClassDef) and node.name == name:
-                return _of_class(node)
             if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
                 return declared(f"{node.module}:{name}", roots)
     return Declarations()
 
 
-def _of_class(node: ast.ClassDef) -> Declarations:
+def _of_class(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> Declarations:
+    literals = _literals(node, classes)
+    summary = (ast.get_docstring(node) or "").partition("\n")[0].removesuffix(".")
+    checkpoints = tuple(c for c in _listed(literals, "checkpoints") if isinstance(c, dict) and "name" in c)
+    stated = literals.get("state_bytes")
+    state_bytes = {
+        str(options): {str(what): size for what, size in sizes.items() if isinstance(size, int | float)}
+        for options, sizes in (stated.items() if isinstance(stated, dict) else ())
+        if isinstance(sizes, dict)
+    }
+    return Declarations(
+        summary,
+        checkpoints,
+        tuple(map(str, _listed(literals, "supports"))),
+        literals.get("in_backward") is True,
+        state_bytes,
+    )
+
+
+def _literals(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> dict[str, Any]:
+    """Those of the class, over those of its base classes in the same file."""
     literals: dict[str, Any] = {}
+    for base in reversed(node.bases):
+        if isinstance(base, ast.Name) and base.id in classes and base.id != node.name:
+            literals |= _literals(classes[base.id], classes)
     for statement in node.body:
         targets = statement.targets if isinstance(statement, ast.Assign) else []
         if isinstance(statement, ast.AnnAssign) and statement.value is not None:
             targets = [statement.target]
         for target in targets:
-            if isinstance(target, ast.Name) and target.id in ("checkpoints", "supports"):
+            if isinstance(target, ast.Name) and target.id in STATED:
                 try:
                     literals[target.id] = ast.literal_eval(statement.value)  # type: ignore[attr-defined]
                 except ValueError:
                     continue
-    summary = (ast.get_docstring(node) or "").partition("\n")[0].removesuffix(".")
-    checkpoints = tuple(c for c in _listed(literals, "checkpoints") if isinstance(c, dict) and "name" in c)
-    return Declarations(summary, checkpoints, tuple(map(str, _listed(literals, "supports"))))
+    return literals
 
 
 def _listed(literals: Mapping[str, Any], name: str) -> list[Any]:

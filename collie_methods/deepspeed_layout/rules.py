@@ -98,13 +98,31 @@ def _of_optimizer(config: CollieConfig, stage: int) -> list[str]:
     except PluginError:  # told where the optimizer itself is selected
         return []
     native = f"layout: {{name: native, zero_stage: {stage}}}"
-    if getattr(plugin, "in_backward", False):
+    if getattr(plugin, "in_backward", False) or config.optimizer.options.get("in_backward") is True:
         return [
             Refusal(
                 f"optimizer {name}",
                 "it updates parameters during the backward pass, which DeepSpeed has no place for",
                 {"layout": {"name": "native", "zero_stage": stage}},
                 f"the native equivalent is {native}",
+            )
+        ]
+    if not hasattr(plugin, "torch_class"):
+        return [
+            Refusal(
+                f"optimizer {name}",
+                "it is no torch optimizer, which DeepSpeed needs",
+                {"layout": {"name": "native", "zero_stage": stage}},
+                f"the native equivalent is {native}",
+            )
+        ]
+    if config.optimizer.options.get("state_dtype", "float32") != "float32":
+        return [
+            Refusal(
+                f"optimizer {name} with optimizer.state_dtype",
+                "DeepSpeed keeps the optimizer's states itself, in fp32",
+                {"optimizer.state_dtype": "float32"},
+                f"set it to float32, or {native}",
             )
         ]
     if stage and not getattr(plugin, "elementwise", True):

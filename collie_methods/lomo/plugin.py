@@ -32,6 +32,8 @@ class LomoPlugin:
     collie_api = 1
     in_backward = True
     default_lr = 1e-2
+    state_bytes = {"": {"element": 0}}
+    supports = ("zero", "tp", "pp", "adapters")
     Options = FusedOptions
 
     def __init__(self, options: FusedOptions) -> None:
@@ -51,6 +53,8 @@ class AdaLomoPlugin:
     collie_api = 1
     in_backward = True
     default_lr = 5e-4
+    state_bytes = {"": {"row": 4, "column": 4, "vector element": 4}}
+    supports = ("zero", "tp", "pp", "adapters")
     Options = FusedOptions
 
     def __init__(self, options: FusedOptions) -> None:

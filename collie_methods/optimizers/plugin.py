@@ -141,7 +141,7 @@ class AdamW8bitPlugin:
     collie_api = 1
     default_lr = 2e-5
     default_weight_decay = 0.01
-    state_bytes = {"": {"matrix element": 2, "vector element": 8}}
+    state_bytes = {"": {"matrix element": 2.03125, "vector element": 8}}
     supports = ("zero", "pp", "adapters", "in_backward")
     Options = AdamW8bitOptions
 

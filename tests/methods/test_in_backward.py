@@ -21,6 +21,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adan": {"lr": 1e-3},
     "sophiag": {"lr": 1e-4, "hessian_every": 2},
 }
+#: those that know no other way
+ALWAYS: dict[str, dict[str, Any]] = {"lomo": {"lr": 0.1}, "adalomo": {"lr": 0.01}}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -42,7 +44,7 @@ class LiveGradients:
 
 
 def run(model: Path, data: Path, out: Path, name: str, /, callbacks: Any = (), **changes: Any) -> Path:
-    section = {"name": name, **OPTIMIZERS[name], **changes.pop("optimizer", {})}
+    section = {"name": name, **(OPTIMIZERS | ALWAYS)[name], **changes.pop("optimizer", {})}
     train = {"max_steps": 4, **changes.pop("train", {})}
     Trainer(
         config(model, data, out, optimizer=section, train=train, **changes), callbacks=list(callbacks)
@@ -79,23 +81,17 @@ def test_clipping_and_accumulation_are_equal(
         assert largest_difference(weights(ordinary), weights(fused)) < 1e-6
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *ALWAYS])
 def test_at_most_three_gradients_are_alive(
     tiny_llama: Path, data_file: Path, tmp_path: Path, name: str
 ) -> None:
-    counters = {}
-    for key, options in (("fused", {"in_backward": True}), ("ordinary", {})):
-        counters[key] = LiveGradients()
-        run(
-            tiny_llama,
-            data_file,
-            tmp_path / key,
-            name,
-            callbacks=[counters[key]],
-            optimizer=options,
-            train={"max_steps": 1},
-        )
-    assert 1 <= counters["fused"].most <= 3 < 15 < counters["ordinary"].most
+    most: dict[str, int] = {}
+    for method, options in ((name, {"in_backward": True} if name in OPTIMIZERS else {}), ("sgd", {})):
+        counter, folder = LiveGradients(), tmp_path / str(len(most))
+        train = {"max_steps": 1}
+        run(tiny_llama, data_file, folder, method, callbacks=[counter], optimizer=options, train=train)
+        most[folder.name] = counter.most
+    assert 1 <= most["0"] <= 3 < 15 < most["1"]
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sophiag"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from training_helpers import config, largest_difference, losses, weights
 
+from collie_core import Trainer
 from collie_core.config.schema import CollieConfig
 from collie_core.data.batch import MicroBatch, StepBatch
 from collie_core.errors import CheckpointError
@@ -133,3 +136,28 @@ def test_state_that_does_not_fit_is_refused_and_nothing_changes() -> None:
     assert "b.t: is missing" in message
     assert "x.v: belongs to no parameter" in message
     assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.state_dict().items())
+
+
+@pytest.mark.parametrize("clip_mode", ["two_pass", "keep"])
+def test_the_second_pass_draws_the_dropout_of_the_first(
+    tmp_path: Path, data_file: Path, make_tokenizer: Callable[[], Any], clip_mode: str
+) -> None:
+    """With other masks in the second pass the gradients would not be those that the norm is of."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def trained(name: str, optimizer: dict[str, Any], dropout: float) -> Path:
+        model, out = tmp_path / f"model_{dropout}", tmp_path / name
+        torch.manual_seed(0)
+        sizes: Any = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
+        rates: Any = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": 0.0}
+        GPT2LMHeadModel(GPT2Config(**sizes, **rates, bos_token_id=1, eos_token_id=2)).save_pretrained(model)
+        make_tokenizer().save_pretrained(model)
+        section = {"lr": 0.3, "clip_grad_norm": 0.2, **optimizer}
+        Trainer(config(model, data_file, out, optimizer=section, train={"max_steps": 4})).train()
+        return out
+
+    sgd = trained("sgd", {"name": "sgd"}, 0.5)
+    lomo = trained("lomo", {"name": "lomo", "clip_mode": clip_mode}, 0.5)
+    assert losses(lomo) == pytest.approx(losses(sgd), rel=2e-6)
+    assert largest_difference(weights(sgd), weights(lomo)) < 1e-6
+    assert losses(trained("without", {"name": "lomo"}, 0.0)) != pytest.approx(losses(lomo), rel=1e-3)
