@@ -128,13 +128,13 @@ def start(hub: Hub | None, cache: Path, code: str, offline: bool = False) -> sub
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=180)
     assert process.returncode == 0, error
     return out
 
 
 def error_of(process: subprocess.Popen[str]) -> str:
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=180)
     assert process.returncode != 0
     return error.strip().splitlines()[-1]
 
