@@ -33,6 +33,12 @@ def refused(**changes: Any) -> str:
             {"optimizer": {"name": "lomo", "lr": 0.1}, "layout": {"zero_stage": 3}},
             ["optimizer lomo", "layout: {name: native, zero_stage: 3}"],
         ),
+        ({"optimizer": {"name": "lion"}}, ["optimizer lion", "no torch optimizer", "name: native"]),
+        ({"optimizer": {"name": "adamw", "in_backward": True}}, ["optimizer adamw", "name: native"]),
+        (
+            {"optimizer": {"name": "adamw", "state_dtype": "bfloat16"}},
+            ["optimizer adamw with optimizer.state_dtype", "set it to float32"],
+        ),
         ({"optimizer": {"name": "adafactor", "lr": 1e-3}}, ["optimizer adafactor", "zero_stage to 0"]),
         ({"optimizer": {"name": "adagrad", "lr": 1e-3}}, ["optimizer adagrad", "zero_stage to 0 or 3"]),
         ({"optimizer": {"name": "adamw", "lr": 1e-3, "clip_grad_value": 1.0}}, ["optimizer.clip_grad_value"]),

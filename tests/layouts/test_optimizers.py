@@ -16,6 +16,18 @@ from collie_core.registry import Registry
 from collie_core.train.setup import checked_plugins
 
 UNDER = ("dp2_zero3", "tp2_sp", "pp2")
+#: optimizers with options: in the hooks, after the backward pass, and clipped by two passes
+VARIANTS: dict[str, dict[str, Any]] = {
+    "hooks": {
+        "optimizer": {"name": "adamw", "lr": 1e-4, "in_backward": True},
+        "train": {"gradient_accumulation_steps": 1},
+    },
+    "kept": {"optimizer": {"name": "sgd", "lr": 1e-3, "momentum": 0.9, "in_backward": True}},
+    "clipped": {
+        "optimizer": {"name": "sophiag", "lr": 1e-4, "in_backward": True, "clip_grad_norm": 0.5},
+        "train": {"gradient_accumulation_steps": 1},
+    },
+}
 #: 8-bit states, which no CPU serves
 CUDA_ALONE = {"adamw8bit"}
 OTHERS = sorted({i.name for i in Registry().plugins() if i.kind == "optimizer"} - METHODS.keys() - CUDA_ALONE)
@@ -28,13 +40,13 @@ def accepted(name: str, layout: str) -> bool:
 
 
 def trainings(folder: Path, layout: str, model: Path, data: Path) -> dict[str, Training]:
-    """A training with every other optimizer that is accepted."""
+    """A training with every other optimizer that is accepted, and with every variant."""
+    sections: dict[str, dict[str, Any]] = {
+        name: {"optimizer": {"name": name, "lr": 1e-4}} for name in OTHERS if accepted(name, layout)
+    }
     return {
-        name: Training(
-            base_config(model, data, folder / name, layout, optimizer={"name": name, "lr": 1e-4})
-        )
-        for name in OTHERS
-        if accepted(name, layout)
+        name: Training(base_config(model, data, folder / name, layout, **section))
+        for name, section in (sections | VARIANTS).items()
     }
 
 
@@ -44,7 +56,7 @@ def alone(
 ) -> dict[str, Training]:
     folder = tmp_path_factory.mktemp("alone")
     found = trainings(folder, "single", make_llama(), data)
-    assert found.keys() == set(OTHERS)
+    assert found.keys() == {*OTHERS, *VARIANTS}
     run_job(folder, "single", list(found.values()))
     return found
 

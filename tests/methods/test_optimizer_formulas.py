@@ -17,6 +17,7 @@ from collie_core.config.schema import CollieConfig
 from collie_core.data.batch import StepBatch
 from collie_core.registry.options import validate_options
 from collie_core.run import Run
+from collie_core.shard import Piece, Shard
 from collie_methods.optimizers import AdamW8bitPlugin, AdanPlugin, LionPlugin, MuonPlugin, SophiaGPlugin
 
 Array = NDArray[np.float64]
@@ -95,7 +96,9 @@ TOKENS = 50
 REFERENCES: dict[str, Reference] = {"adan": adan, "lion": lion, "sophiag": sophiag}
 
 
-def optimizer_of(name: str, parameters: dict[str, nn.Parameter], **options: Any) -> Any:
+def optimizer_of(
+    name: str, parameters: dict[str, nn.Parameter], shard: Shard | None = None, **options: Any
+) -> Any:
     plugin = PLUGINS[name]
     section = {"name": name, "weight_decay": DECAY}
     run = Run(CollieConfig(model={"path": "unused"}, optimizer=section, seed=3), Path(), torch.device("cpu"))
@@ -108,6 +111,8 @@ def optimizer_of(name: str, parameters: dict[str, nn.Parameter], **options: Any)
                 owner.add_module(part, nn.Module())
             owner = getattr(owner, part)
         owner.register_parameter(last, parameter)
+    if shard is not None:
+        run.shards = {shard.name: shard}
     made = plugin(validate_options(plugin, options))
     arguments = {"layout": SimpleNamespace(needs_norm=False)} if name != "muon" else {}
     return made.collie_optimizer(model=model, run=run, **arguments)
@@ -144,7 +149,7 @@ def test_ten_steps_equal_the_paper(name: str, shape: tuple[int, ...], in_backwar
     torch.manual_seed(0)
     parameter = nn.Parameter(torch.randn(shape))
     start, gradients = parameter.detach().double().numpy(), list(gradients_of(shape))
-    options = {"hessian_every": 3} if name == "sophiag" else {}
+    options: dict[str, Any] = {"hessian_every": 3} if name == "sophiag" else {}
     optimizer = optimizer_of(name, {"w": parameter}, in_backward=in_backward, **options)
     for number, gradient in enumerate(gradients, start=1):
         take_step(optimizer, number, {"w": gradient})
@@ -188,7 +193,7 @@ def test_a_step_that_is_not_finite_changes_no_bit() -> None:
 @pytest.mark.parametrize("name", ["lion", "adan", "sophiag", "adamw8bit"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_resumed_optimizer_goes_on_bit_for_bit(name: str, dtype: str) -> None:
-    options = {} if name == "adamw8bit" else {"state_dtype": dtype}
+    options: dict[str, Any] = {} if name == "adamw8bit" else {"state_dtype": dtype}
     gradients = list(gradients_of((4, 64), 8))
 
     def parameter() -> nn.Parameter:
@@ -242,3 +247,26 @@ def test_states_of_less_precision_keep_up_with_fp32(
     else:
         expected = mean(**{k: v for k, v in options.items() if k != "state_dtype"})
     assert mean(**options) == pytest.approx(expected, rel=within)
+
+
+@pytest.mark.parametrize("name", ["lion", "adan", "sophiag", "adamw8bit"])
+def test_a_box_of_rows_holds_what_the_whole_holds_there(name: str) -> None:
+    """bf16 weights, and states of less precision: the noise is that of the place in the whole."""
+    options: dict[str, Any] = {} if name == "adamw8bit" else {"state_dtype": "bfloat16"}
+    torch.manual_seed(0)
+    start, rows = torch.randn(6, 128).bfloat16(), slice(2, 5)
+    whole, box = nn.Parameter(start.clone()), nn.Parameter(start[rows].clone())
+    shard = Shard("w", box, (6, 128), (2, 0))
+    one, other = optimizer_of(name, {"w": whole}, **options), optimizer_of(name, {"w": box}, shard, **options)
+    for number, gradient in enumerate(gradients_of((6, 128), 4), start=1):
+        take_step(one, number, {"w": gradient})
+        take_step(other, number, {"w": gradient[rows]})
+    assert torch.equal(whole[rows], box)
+    pieces = other.state_dict()
+    for key, value in one.state_dict().items():
+        piece = pieces[key]
+        if isinstance(piece, Piece):
+            assert piece.shape == tuple(value.shape)
+            assert torch.equal(value[piece.slices], piece.local), key
+        else:
+            assert key == "w.t" and torch.equal(value, piece)
