@@ -23,6 +23,11 @@ class Piece:
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
 
+    @classmethod
+    def of(cls, value: Tensor | Piece) -> Piece:
+        """`value` itself, or the piece that is all of a tensor."""
+        return value if isinstance(value, Piece) else cls(value, tuple(value.shape), (0,) * value.ndim)
+
     @property
     def slices(self) -> tuple[slice, ...]:
         """The box as an index into the whole."""

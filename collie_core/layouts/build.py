@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from collie_core.config.problems import ConfigProblems
 from collie_core.layouts.stage import Stage
 from collie_core.models.adapters import adapt, initialise_added
-from collie_core.models.loading import Slots
+from collie_core.models.loading import Slots, persistent_buffers
 from collie_core.models.sources import load_selected
 from collie_core.run import whole_shards
 
@@ -91,9 +91,8 @@ def place_whole(run: Run, provider: ModelProvider, adapters: Sequence[Adapter], 
     stage = Stage(model, _blocks(model), ops, run)
     slots = Slots(model)
     shapes = {name: tensor.shape for name, tensor in slots.tensors.items() if name not in slots.copies}
-    buffers = {name: tensor for name, tensor in slots.tensors.items() if not isinstance(tensor, nn.Parameter)}
     parameters = dict(model.named_parameters())
-    return Placed(model, [stage], parameters, run.shards, shapes, buffers=buffers)
+    return Placed(model, [stage], parameters, run.shards, shapes, buffers=persistent_buffers(model))
 
 
 def has_weights(model: nn.Module) -> bool:

@@ -6,37 +6,41 @@ weights.  Each step narrows the shards, so that the last one knows which box of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import accumulate
+from operator import or_
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor
 
 from collie_core.errors import UserError
+from collie_core.layouts import zero
 from collie_core.layouts.build import Placed, build, has_weights
 from collie_core.layouts.partition import partition
 from collie_core.layouts.stage import Stage
 from collie_core.layouts.tensor_parallel import Cutter, TensorParallel
+from collie_core.layouts.ties import check_ties, tied_over_ends
 from collie_core.layouts.vocabulary import Vocabulary
 from collie_core.models.adapters import initialise_added
 from collie_core.models.forward import model_context
-from collie_core.models.loading import Slots, load_pieces, match_weights, reset_buffers
+from collie_core.models.loading import (
+    Slots,
+    cast,
+    load_pieces,
+    match_weights,
+    persistent_buffers,
+    reset_buffers,
+)
 from collie_core.models.sources import open_source
 from collie_core.ops import Context
 from collie_core.run import whole_shards
 from collie_core.shard import Piece, Shard
+from collie_core.together import gather
 
 if TYPE_CHECKING:
     from collie_core.hookspecs import Adapter, ModelProvider
@@ -63,55 +67,77 @@ def place_parts(
     assert run.source is not None
     model = build(run, provider, adapters, ops)
     given = has_weights(model)
-    if given and grid.dp.size < grid.world.size:
-        raise UserError("a model with weights cannot be cut; with tp_size or pp_size above 1 load it by path")
     slots = Slots(model)
     if given:
-        model = model.to(run.device)
+        model = _given(model, run, grid)
     else:
-        model = model.to(getattr(torch, run.config.model.dtype))
+        cast(model, getattr(torch, run.config.model.dtype))
         reader, rules = open_source(run.source, slots, run.added)
         rules = match_weights(slots, rules, reader, run.added)
     names = {name: slots.copies.get(name, name) for name in slots.tensors}
     shapes = {name: slots.tensors[name].shape for name in slots.tensors if names[name] == name}
     shards = whole_shards(model)
     width, dtype = _hidden(model)
+    plan = _plan(provider, run, adapters)
+    if not given:
+        check_ties(plan, names)
+    stretches = _stretches(model, grid, options)
+    ends = tied_over_ends(names, _keys(model), stretches) if grid.pp.size > 1 else set()
+    trains = _trains(model, stretches)
+    tp = _tensor_parallel(model, plan, shards, grid, options)
+    vocabulary = _vocabulary(plan, names, shards, shapes, tp)
+    ops = ops if vocabulary is None else ops.for_vocabulary(vocabulary.summed_nll, vocabulary.width)
+    stages = _stages(model, run, ops, grid, stretches, trains, tp, vocabulary)
+    shards = _held(stages, names, shards, grid, ends)
+    for stage in stages:
+        stage.resolve(training, _agreement(grid), may_compile=options.offload == "none")
+    _make_room(model, stages, grid, options, given)
+    parameters = {
+        names[name]: parameter for stage in stages for name, parameter in stage.named_parameters()
+    }
+    run.shards = {name: _final(shards[name], parameters[name], grid) for name in parameters}
+    buffers = {name: buffer for stage in stages for name, buffer in persistent_buffers(stage).items()}
+    if not given:
+        pieces = {
+            name: Piece(shard.local, shard.shape, shard.offsets) for name, shard in run.shards.items()
+        }
+        load_pieces(pieces | {name: Piece.of(b) for name, b in buffers.items()}, rules, reader)
+    initialise_added(run)
+    sharded = options.shards_parameters(grid.dp.size)
+    return Placed(
+        model, stages, parameters, run.shards, shapes, tp, width, dtype, zero=sharded, buffers=buffers
+    )
+
+
+def _given(model: nn.Module, run: Run, grid: Grid) -> nn.Module:
+    """The user's own module with the values that the first rank gave it, on every rank.
+
+    Raises UserError where it would have to be cut, or where the ranks gave different modules.
+    """
+    if grid.dp.size < grid.world.size:
+        raise UserError("a model with weights cannot be cut; with tp_size or pp_size above 1 load it by path")
+    model = model.to(run.device)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    own = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()]
+    for rank, other in enumerate(gather(own, grid.control)):
+        differing = sorted({entry[0] for entry in set(own) ^ set(other)})
+        if differing:
+            raise UserError(f"rank {rank} gave a model whose {differing[0]} is not that of other ranks")
+    for _, tensor in sorted(tensors.items()):
+        values = tensor.detach().contiguous()
+        dist.broadcast(values.view(-1).view(torch.uint8), 0, group=grid.dp.group)
+        tensor.detach().copy_(values)
+    return model
+
+
+def _plan(provider: ModelProvider, run: Run, adapters: Sequence[Adapter]) -> ParallelPlan:
+    """The provider's plan, as the adapters extend it."""
+    assert run.source is not None
     plan = provider.parallel_plan(run.source.config)
     for adapter in adapters:
         extend = getattr(adapter, "parallel_plan", None)
         plan = plan if extend is None else extend(plan)
-    tp = _tensor_parallel(model, plan, shards, grid, options)
-    vocabulary = _vocabulary(plan, names, shards, shapes, tp)
-    ops = ops if vocabulary is None else ops.for_vocabulary(vocabulary.summed_nll, vocabulary.width)
-    stages = _stages(model, run, ops, grid, options, tp, vocabulary)
-    shards = _held(stages, names, shards, grid)
-    for stage in stages:
-        stage.resolve(training, _agreement(grid), may_compile=options.offload == "none")
-    zero = options.shards_parameters(grid.dp.size)
-    if zero:
-        for stage in stages:
-            _shard(stage, grid, options)
-    device = torch.device("cpu") if options.offload == "cpu" else run.device
-    if not given:
-        for stage in stages:
-            _allocate(stage, device, zero, pinned=device != run.device)
-        reset_buffers(model, run.device)
-    parameters = {
-        names[name]: parameter for stage in stages for name, parameter in stage.named_parameters()
-    }
-    shards = {name: _final(shards[name], parameters[name], grid) for name in parameters}
-    buffers = _buffers(stages)
-    if not given:
-        pieces: dict[str, Piece] = {
-            name: Piece(shard.local, shard.shape, shard.offsets) for name, shard in shards.items()
-        }
-        pieces |= {name: Piece(b, tuple(b.shape), (0,) * b.ndim) for name, b in buffers.items()}
-        load_pieces(pieces, rules, reader)
-    run.shards = shards
-    initialise_added(run)
-    return Placed(
-        model, stages, parameters, shards, shapes, tp, width, dtype, zero=zero, buffers=buffers
-    )
+    return plan
 
 
 def _hidden(model: Any) -> tuple[int, torch.dtype]:
@@ -155,25 +181,45 @@ def _vocabulary(
     return Vocabulary(tp.group, shards[names[heads[0]]].offsets[0], size, -(-size // tp.size))
 
 
-def _stages(
-    model: Any,
-    run: Run,
-    ops: Ops,
-    grid: Grid,
-    options: NativeLayoutPlugin.Options,
-    tp: TensorParallel | None,
-    vocabulary: Vocabulary | None,
-) -> list[Stage]:
-    """This rank's stretches; the model keeps no others."""
-    keys = list(model.blocks)
-    chunks = options.chunks(grid.pp.size)
-    total = grid.pp.size * chunks
+def _stretches(model: Any, grid: Grid, options: NativeLayoutPlugin.Options) -> list[range]:
+    """The blocks of each stretch of the pipeline, by the sizes of the complete model."""
 
     def count(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
     sizes = [count(block) for block in model.blocks.values()]
-    stretches = partition(options.pp_partition, sizes, count(model.embed), count(model.head), total)
+    total = grid.pp.size * options.stretches(grid.pp.size)
+    return partition(options.pp_partition, sizes, count(model.embed), count(model.head), total)
+
+
+def _keys(model: Any) -> list[str]:
+    return list(model.blocks)
+
+
+def _trains(model: Any, stretches: Sequence[range]) -> list[bool]:
+    """Whether anything is trained up to the end of each stretch, so that a gradient must reach it."""
+
+    def any_of(modules: Iterable[nn.Module]) -> bool:
+        return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+    blocks = list(model.blocks.values())
+    before = any_of([model.embed])
+    own = [any_of(blocks[index] for index in stretch) for stretch in stretches]
+    return [before or one for one in accumulate(own, or_)]
+
+
+def _stages(
+    model: Any,
+    run: Run,
+    ops: Ops,
+    grid: Grid,
+    stretches: Sequence[range],
+    trains: Sequence[bool],
+    tp: TensorParallel | None,
+    vocabulary: Vocabulary | None,
+) -> list[Stage]:
+    """This rank's stretches; the model keeps no others."""
+    keys, total = _keys(model), len(stretches)
     stages = []
     for number in range(grid.pp.rank, total, grid.pp.size):
         blocks = nn.ModuleDict({keys[index]: model.blocks[keys[index]] for index in stretches[number]})
@@ -189,6 +235,8 @@ def _stages(
                 vocabulary=vocabulary,
                 begin=stretches[number].start,
                 total=len(keys),
+                trains_before=number > 0 and trains[number - 1],
+                trains=trains[number],
             )
         )
     if grid.pp.size > 1:
@@ -201,25 +249,23 @@ def _stages(
 
 
 def _held(
-    stages: Sequence[Stage], names: Mapping[str, str], shards: Mapping[str, Shard], grid: Grid
+    stages: Sequence[Stage],
+    names: Mapping[str, str],
+    shards: Mapping[str, Shard],
+    grid: Grid,
+    ends: Collection[str],
 ) -> dict[str, Shard]:
-    """The shards of the parameters that this rank has; a tied one may be on the last stage too."""
+    """The shards of the parameters that this rank has.
+
+    ends: those that the first and the last stage both have; each gets the sum of both gradients.
+    """
     held = {}
     for stage in stages:
         for name, parameter in stage.named_parameters():
             held[names[name]] = replace(shards[names[name]], local=parameter)
-    if grid.pp.size > 1:
-        # tied between the embedding and the head: on both ends, and the sum of both gradients on each
-        twice = [
-            original
-            for name, original in names.items()
-            if name != original and name.startswith("head.") and original.startswith("embed.")
-        ]
-        for name in twice:
-            if name in held:
-                shard = held[name]
-                assert grid.ends is not None
-                held[name] = replace(shard, sums=(*shard.sums, grid.ends), copies=shard.copies * 2)
+    for name in held.keys() & ends:
+        assert grid.ends is not None
+        held[name] = replace(held[name], sums=(*held[name].sums, grid.ends), copies=held[name].copies * 2)
     return held
 
 
@@ -236,59 +282,25 @@ def _agreement(grid: Grid) -> Callable[[int], int]:
     return agree
 
 
-def _shard(stage: Stage, grid: Grid, options: NativeLayoutPlugin.Options) -> None:
-    """ZeRO by FSDP2: each block is a unit, gathered when it runs; the rest of the stage is one more."""
-    low = next(stage.parameters()).dtype != torch.float32
-    pinned = grid.device.type == "cuda"
-    offload = CPUOffloadPolicy(pin_memory=pinned) if options.offload == "cpu" else OffloadPolicy()
-
-    def shard(module: nn.Module, reshard: bool) -> None:
-        fully_shard(
-            module,
-            mesh=grid.data_mesh(),
-            reshard_after_forward=reshard,
-            mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32 if low else None),
-            offload_policy=offload,
-        )
-
-    gathered_anew = options.zero_stage == 3
-    for block in stage.blocks.values():
-        shard(block, gathered_anew)
-    tied = stage.embed is not None and stage.head is not None and (
-        {id(p) for p in stage.embed.parameters()} & {id(p) for p in stage.head.parameters()}
-    )
-    if stage.embed is not None and not tied:
-        shard(stage.embed, gathered_anew)
-    shard(stage, False)  # what is used at the end of forward and the beginning of backward
-    register_fsdp_forward_method(stage, "next_logits")
-    for module in stage.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks
-            module.set_force_sum_reduction_for_comms(True)
-
-
-def _uneven(module: nn.Module) -> bool:
-    """Whether the ranks have different numbers of rows of some parameter."""
-    return any(
-        parameter.shape[0] % parameter.device_mesh.size()
-        for parameter in module.parameters()
-        if isinstance(parameter, DTensor)
-    )
-
-
-def _allocate(stage: Stage, device: torch.device, zero: bool, pinned: bool) -> None:
-    """Memory for parameters and buffers, without values."""
-    if zero:
-        stage.to_empty(device=device)
-        for module in stage.modules():
-            if isinstance(module, FSDPModule) and (pinned or _uneven(module)):
-                module.unshard()  # lets FSDP2 move shards that it pads or pins to where they stay
-                module.reshard()
+def _make_room(
+    model: nn.Module, stages: Sequence[Stage], grid: Grid, options: NativeLayoutPlugin.Options, given: bool
+) -> None:
+    """ZeRO, and memory for what is on meta; the buffers that no checkpoint holds have their values then."""
+    sharded = options.shards_parameters(grid.dp.size)
+    for stage in stages:
+        if sharded:
+            zero.shard(stage, grid, options)
+    if given:
         return
-    slots = Slots(stage)
-    for name, tensor in list(slots.tensors.items()):
-        if name not in slots.copies:
-            slots.allocate(name, device, tensor.dtype)
+    for stage in stages:
+        if sharded:
+            zero.allocate(stage, grid, options)
+            continue
+        slots = Slots(stage)
+        for name, tensor in list(slots.tensors.items()):
+            if name not in slots.copies:
+                slots.allocate(name, grid.device, tensor.dtype)
+    reset_buffers(model, grid.device)
 
 
 def _final(shard: Shard, parameter: nn.Parameter, grid: Grid) -> Shard:
@@ -301,12 +313,3 @@ def _final(shard: Shard, parameter: nn.Parameter, grid: Grid) -> Shard:
     begin = min(rows, grid.dp.rank * -(-rows // grid.dp.size))
     shard = replace(shard, local=local)
     return shard if grid.dp.group is None else shard.cut(0, begin, grid.dp.group)
-
-
-def _buffers(stages: Sequence[Stage]) -> dict[str, Tensor]:
-    """Persistent buffers by name."""
-    found: dict[str, Tensor] = {}
-    for stage in stages:
-        persistent = stage.state_dict().keys()
-        found |= {name: buffer for name, buffer in stage.named_buffers() if name in persistent}
-    return found

@@ -89,22 +89,19 @@ def micro_batches(config: CollieConfig, options: Options) -> int:
 
 
 def _pipeline(config: CollieConfig, options: Options) -> str:
-    from collie_core.layouts.pipeline import actions
+    from collie_core.layouts.pipeline import actions, most_alive
 
     rows = config.train.micro_batch_size * accumulation_steps(config)
-    count, chunks, ranks = micro_batches(config, options), options.chunks(config.pp_size), config.pp_size
-    alive = []
-    for rank in range(ranks):
-        now = most = 0
-        for action in actions(options.pp_schedule, ranks, rank, chunks, count):
-            now += 1 if action.forward else -1
-            most = max(most, now)
-        alive.append(str(most))
+    count, ranks = micro_batches(config, options), config.pp_size
+    stretches = options.stretches(ranks)
+    alive = [
+        str(most_alive(actions(options.pp_schedule, ranks, rank, stretches, count))) for rank in range(ranks)
+    ]
     least, more = divmod(rows, count)
-    idle = (ranks - 1) / (chunks * count + ranks - 1)
-    stretches = f", each through {chunks} stretches of blocks a rank" if chunks > 1 else ""
+    idle = (ranks - 1) / (stretches * count + ranks - 1)
+    through = f", each through {stretches} stretches of blocks a rank" if stretches > 1 else ""
     return (
         f"{options.pp_schedule}: {rows} rows a rank and step in {count} micro-batches of "
-        f"{least if not more else f'{least} to {least + 1}'} rows{stretches}; activations of at most "
+        f"{least if not more else f'{least} to {least + 1}'} rows{through}; activations of at most "
         f"{', '.join(alive)} of them on ranks 0 to {ranks - 1}; about {idle:.0%} of the time idle"
     )

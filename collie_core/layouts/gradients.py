@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from collie_core.layouts.ties import part_of
 from collie_core.shard import Shard
 
 if TYPE_CHECKING:
@@ -27,8 +28,10 @@ class GradientFlow:
     it, and "update" hands it to the optimizer's `update` and drops it, so that only the few gradients between
     two hooks are ever alive.
 
-    Where gradients are summed over ranks they wait until their unit (a block, say) is complete, and go in the
-    order of the parameters: ranks whose hooks fire in another order would add up different parameters.
+    Where gradients are summed over ranks they wait until their unit (a block, say) is complete, and units go
+    from the last to the first: ranks whose hooks fire in another order would add up different parameters.
+    One of which a parameter has no gradient here waits, with all that come after it, for `flush`; there the
+    parameter counts as zero, unless no rank has a gradient of it: it then has none.
 
     Register after the parameters are final: a hook on a parameter that is replaced later never fires.
     """
@@ -54,9 +57,11 @@ class GradientFlow:
         self._taken: set[str] = set()
         self._waiting: dict[str, dict[str, Tensor]] = {}
         self._under_way: list[_Sum] = []
-        self._units: dict[str, list[str]] = {}
-        for name, shard in self.shards.items():
-            self._units.setdefault(_unit(name) if shard.sums else "", []).append(name)
+        self._units: dict[str, list[str]] = {}  # in the order in which they are summed
+        for name, shard in reversed(list(self.shards.items())):
+            if shard.sums:
+                self._units.setdefault(part_of(name), []).insert(0, name)
+        self._left: list[str] = []
         for shard in self.shards.values():
             shard.local.grad_dtype = None  # what is computed or summed in fp32 stays so
         self._handles = [
@@ -69,14 +74,20 @@ class GradientFlow:
         """Say what is done with each gradient from now on; `finite` is the loss's flag (0-d bool)."""
         self.mode, self.finite, self.update = mode, finite, update
         self._squares, self._taken = [], set()
+        self._waiting, self._left = {unit: {} for unit in self._units}, list(self._units)
+
+    def collect(self) -> None:
+        """After a backward pass in which no hook fired: add what it gave to the sums, in fp32."""
+        for name, parameter in self.parameters.items():
+            self._accumulate(name, parameter)
 
     def flush(self) -> None:
         """After the backward pass: take what accumulated and was not taken by a hook, in order."""
         for name, parameter in self.parameters.items():
             if name not in self._taken and (parameter.grad is not None or name in self._sums):
                 self._take(name, parameter)
-        for unit in list(self._waiting):
-            self._complete(unit)
+        while self._left:
+            self._complete(self._left.pop(0))
         self._finish()
 
     def norm(self) -> Tensor:
@@ -98,7 +109,7 @@ class GradientFlow:
             parameter.grad = None
         for shard in self.shards.values():
             shard.local.grad = None
-        self._sums, self._waiting, self._under_way = {}, {}, []
+        self._sums, self._waiting, self._under_way, self._left = {}, {}, [], []
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -113,11 +124,15 @@ class GradientFlow:
         def complete(parameter: Tensor) -> None:
             if self.mode != "accumulate":
                 self._take(name, parameter)
-            elif parameter.dtype != torch.float32 and parameter.grad is not None:
-                self._sums[name] = self._with_earlier(name, _local(parameter.grad).float())
-                parameter.grad = None
+            else:
+                self._accumulate(name, parameter)
 
         return complete
+
+    def _accumulate(self, name: str, parameter: Tensor) -> None:
+        if parameter.dtype != torch.float32 and parameter.grad is not None:
+            self._sums[name] = self._with_earlier(name, _local(parameter.grad).float())
+            parameter.grad = None
 
     def _with_earlier(self, name: str, gradient: Tensor) -> Tensor:
         earlier = self._sums.pop(name, None)
@@ -134,23 +149,18 @@ class GradientFlow:
         if not self.shards[name].sums:
             self._use(name, gradient)
             return
-        unit = _unit(name)
-        waiting = self._waiting.setdefault(unit, {})
-        waiting[name] = gradient
-        if len(waiting) == len(self._units[unit]):
-            self._complete(unit)
+        self._waiting[part_of(name)][name] = gradient
+        while self._left and len(self._waiting[self._left[0]]) == len(self._units[self._left[0]]):
+            self._complete(self._left.pop(0))
 
     def _complete(self, unit: str) -> None:
         """Begin to sum the gradients of a unit over the ranks, and use those of the unit before it: a unit's
         sums are under way while the next one's gradients are computed."""
         waiting = self._waiting.pop(unit)
-        alike: dict[tuple[dist.ProcessGroup, ...], list[str]] = {}
+        alike: dict[tuple[dist.ProcessGroup, ...], list[Shard]] = {}
         for name in self._units[unit]:
-            if name in waiting:
-                alike.setdefault(self.shards[name].sums, []).append(name)
-        begun = [
-            _Sum(groups, {name: waiting.pop(name) for name in names}) for groups, names in alike.items()
-        ]
+            alike.setdefault(self.shards[name].sums, []).append(self.shards[name])
+        begun = [_Sum(groups, shards, waiting) for groups, shards in alike.items()]
         self._finish()
         self._under_way = begun
 
@@ -176,25 +186,38 @@ class GradientFlow:
 
 
 class _Sum:
-    """Gradients that are summed over the same ranks: one buffer in fp32, one all-reduce a group."""
+    """Gradients that are summed over the same ranks: one buffer in fp32, one all-reduce a group.
 
-    def __init__(self, groups: tuple[dist.ProcessGroup, ...], gradients: dict[str, Tensor]) -> None:
-        self._shapes = {name: gradient.shape for name, gradient in gradients.items()}
-        flat = [gradient.reshape(-1).to(torch.float32) for gradient in gradients.values()]
-        gradients.clear()
-        self._buffer = torch.cat(flat) if len(flat) > 1 else flat[0]
+    It ends with the number of ranks that have each, which those ask for that do not.
+    """
+
+    def __init__(
+        self, groups: tuple[dist.ProcessGroup, ...], shards: list[Shard], gradients: dict[str, Tensor]
+    ) -> None:
+        """gradients: of some of the shards; they are taken out."""
+        self._shards = shards
+        sizes = [shard.local.numel() for shard in shards]
+        self._buffer = shards[0].local.new_zeros(
+            sum(sizes) + len(shards), dtype=torch.float32, requires_grad=False
+        )
+        *self._parts, self._having = self._buffer.split([*sizes, len(shards)])
+        self._missing = {shard.name for shard in shards} - gradients.keys()
+        for index, (shard, part) in enumerate(zip(shards, self._parts, strict=True)):
+            if shard.name not in self._missing:
+                part.copy_(gradients.pop(shard.name).reshape(-1))
+                self._having[index].fill_(1.0)
         *first, last = groups
         for group in first:
             dist.all_reduce(self._buffer, group=group)
         self._work = dist.all_reduce(self._buffer, group=last, async_op=True)
 
     def wait(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, sum) of each, in their order."""
+        """(name, sum) of each that some rank has, in their order."""
         if self._work is not None:
             self._work.wait()
-        parts = self._buffer.split([shape.numel() for shape in self._shapes.values()])
-        for (name, shape), part in zip(self._shapes.items(), parts, strict=True):
-            yield name, part.view(shape)
+        for index, (shard, part) in enumerate(zip(self._shards, self._parts, strict=True)):
+            if shard.name not in self._missing or bool(self._having[index] > 0):
+                yield shard.name, part.view(shard.local.shape)
 
 
 def _local(gradient: Tensor) -> Tensor:
@@ -207,9 +230,3 @@ def _sum_of_squares(gradient: Tensor) -> Tensor:
     if gradient.device.type == "cpu" and gradient.ndim > 1:
         return torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square().sum()
     return torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
-
-
-def _unit(name: str) -> str:
-    """What becomes complete together: `blocks.3` of `blocks.3.mlp.up_proj.weight`, or `embed`, or `head`."""
-    first, _, rest = name.partition(".")
-    return f"{first}.{rest.partition('.')[0]}" if first == "blocks" else first

@@ -57,10 +57,12 @@ class Grid:
         self.control: ProcessGroup | None = None
         self.ends: ProcessGroup | None = None
         self.mesh: DeviceMesh | None = None
+        self._made: list[ProcessGroup] = []
         if not dist.is_initialized():
             return
         pp, dp, tp = sizes
         ranks = torch.arange(pp * dp * tp).reshape(sizes)
+        self._groups: dict[tuple[int, ...], ProcessGroup | None] = {}
         self.world = Axis(run.world_size, run.rank, dist.group.WORLD)
         self.pp = self._axis([ranks[:, d, t] for d, t in product(range(dp), range(tp))])
         self.dp = self._axis([ranks[p, :, t] for p, t in product(range(pp), range(tp))])
@@ -107,16 +109,37 @@ class Grid:
         from torch.distributed.device_mesh import DeviceMesh
 
         if self.mesh is None:
-            group = self.dp.group or dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            group = self.dp.group
+            if group is None:
+                group = dist.new_group([self.world.rank], use_local_synchronization=True)
+                self._made.append(group)
             self.mesh = DeviceMesh.from_group(group, self.device.type, mesh_dim_names=("dp",))
         return self.mesh
 
+    def new_group(self, ranks: list[int]) -> ProcessGroup | None:
+        """A group of its own of these ranks, where this rank is one of them; every rank makes every group."""
+        group = dist.new_group(ranks)
+        if self.world.rank not in ranks:
+            return None
+        self._made.append(group)
+        return group
+
+    def close(self) -> None:
+        """Give back the groups; all ranks are done with them."""
+        while self._made and dist.is_initialized():
+            dist.destroy_process_group(self._made.pop())
+
     def _axis(self, members: list[Tensor]) -> Axis:
-        """The axis of which `members` are the groups; every rank makes every group."""
+        """The axis of which `members` are the groups; one of all ranks, or of ranks that an earlier axis has
+        together, needs none of its own."""
         found = Axis()
         for group_ranks in members:
-            ranks = sorted(set(group_ranks.tolist()))
-            group = dist.new_group(ranks)
-            if dist.get_rank() in ranks:
-                found = Axis(len(ranks), ranks.index(dist.get_rank()), group)
-        return found if found.size > 1 else Axis()
+            ranks = tuple(sorted(set(group_ranks.tolist())))
+            if len(ranks) == 1:
+                continue
+            if ranks not in self._groups:
+                whole = len(ranks) == self.world.size
+                self._groups[ranks] = dist.group.WORLD if whole else self.new_group(list(ranks))
+            if self.world.rank in ranks:
+                found = Axis(len(ranks), ranks.index(self.world.rank), self._groups[ranks])
+        return found

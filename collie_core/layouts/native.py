@@ -44,7 +44,7 @@ class NativeLayoutPlugin:
         sequence_parallel: Literal["auto"] | bool = "auto"
         offload: Literal["none", "cpu"] = "none"
 
-        def chunks(self, pp_size: int) -> int:
+        def stretches(self, pp_size: int) -> int:
             """Stretches of blocks of a rank."""
             return self.pp_stretches if self.pp_schedule == "interleaved" and pp_size > 1 else 1
 
@@ -160,9 +160,11 @@ class NativeLayout:
         return Pipeline(self.grid, self.stages, self.placed.width, self.placed.dtype)
 
     def close(self, error: BaseException | None) -> None:
-        """Remove the hooks, and give torch its freedom back."""
+        """Remove the hooks, give back the process groups, and give torch its freedom back."""
         import torch
 
+        if error is None:  # else other ranks may still wait in one
+            self.grid.close()
         if self.optimizer is not None:
             self.gradients.close()
             self.optimizer = None
@@ -185,6 +187,8 @@ class NativeLayout:
         for stage in self.stages:
             stage.train()
         names = self.optimizer.passes(step_batch)
+        if not self._in_hooks:  # all gradients are kept anyway: no pass of its own is needed for the norm
+            names = [name for name in names if name != "norm"]
         random_state = RandomState(self.run.device) if len(names) > 1 else None
         norm: Tensor | None = None
         for name in names:
@@ -213,9 +217,7 @@ class NativeLayout:
         own = name not in ("norm", "update")  # a pass that only the optimizer knows
         updates = own or (optimizer.in_backward and name == "update")
         self._take_loss(name if own else None)
-        in_hooks = (
-            (updates or name == "norm") and self.pipeline is None and self.options.offload == "none"
-        )
+        in_hooks = self._in_hooks and (updates or name == "norm")
         kept = not in_hooks or (name == "update" and self.needs_norm and norm is None)
         factor = scale / batch.target_tokens
         if self.pipeline is not None:
@@ -239,6 +241,8 @@ class NativeLayout:
                         optimizer.begin_pass(name, lr, scale, self._clip_factor(norm))
                         self.gradients.arm("update", finite, optimizer.update)
                 (loss * factor).backward()
+                if not last and self.options.offload == "cpu":
+                    self.gradients.collect()
             self.gradients.flush()
         if self.options.offload == "cpu":
             total = total.cpu()  # where the updates are
@@ -249,6 +253,11 @@ class NativeLayout:
         if updates:
             optimizer.end_pass(name)
         return total, measured
+
+    @property
+    def _in_hooks(self) -> bool:
+        """Whether gradients can be used one by one, while the backward pass goes on."""
+        return self.pipeline is None and self.options.offload == "none"
 
     def _take_loss(self, name: str | None) -> None:
         """The loss of one of the optimizer's own passes, or the run's."""
@@ -302,13 +311,15 @@ class NativeLayout:
             return
         limit = self.run.config.optimizer.clip_grad_value
         factor = self._clip_factor(norm)
-        for _, parameter, gradient in self.gradients.kept():
-            if self.loss_scale.enabled:  # in fp16 what the scale has saved would be lost again
-                gradient = parameter.grad = gradient.float() / self.loss_scale.value
+        changed = self.loss_scale.enabled or limit is not None or not isinstance(factor, float)
+        for _, parameter, gradient in self.gradients.kept() if changed else ():
+            # in fp32: fp16 would lose what the scale has saved, and bf16 would be rounded again
+            gradient = parameter.grad = gradient.float()
+            if self.loss_scale.enabled:
+                gradient.div_(self.loss_scale.value)
             if limit is not None:
                 gradient.clamp_(-limit, limit)
-            if not isinstance(factor, float):
-                gradient.mul_(factor)
+            gradient.mul_(factor)
         self.optimizer.step(lr)
 
     def _figures(self, loss: float, norm: float, loss_finite: float, finite: float) -> dict[str, float]:
@@ -330,17 +341,17 @@ class NativeLayout:
 
         for stage in self.stages:
             stage.eval()
-        figures = torch.zeros(2, dtype=torch.float64)
+        total, tokens = torch.zeros((), dtype=torch.float64, device=self.run.device), 0
         with torch.no_grad():
             for batch in batches:
                 if self.pipeline is not None:
-                    loss = self.pipeline.evaluate(batch)
+                    total += self.pipeline.evaluate(batch)
                 else:
-                    loss = self.stages[0](batch, custom=False)
-                figures += torch.tensor([float(loss), float(batch.target_tokens * self.grid.last)])
-        figures = figures.to(self.run.device)
-        summed, tokens = self.grid.pp.sum(self.grid.dp.sum(figures)).tolist()
-        return summed, int(tokens)
+                    total += self.stages[0](batch, custom=False)
+                tokens += batch.target_tokens * self.grid.last
+        figures = torch.stack([total, torch.full_like(total, tokens)])
+        summed, count = self.grid.pp.sum(self.grid.dp.sum(figures)).tolist()
+        return summed, int(count)
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """See `collie_core.models.generation.generate`; all ranks give the same prompts."""

@@ -6,8 +6,10 @@ GPipe (Huang et al. 2019, arXiv 1811.06965), 1F1B (Narayanan et al. 2019, arXiv 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -25,35 +27,36 @@ Schedule = Literal["1f1b", "gpipe", "interleaved"]
 
 
 class Action(NamedTuple):
-    """Run micro-batch `micro` through the rank's `chunk`-th stretch of blocks, forward or backward."""
+    """Run micro-batch `micro` through the rank's stretch of blocks number `stretch`, forward or backward."""
 
     forward: bool
-    chunk: int
+    stretch: int
     micro: int
 
 
-def actions(schedule: Schedule, ranks: int, rank: int, chunks: int, micros: int) -> list[Action]:
+def actions(schedule: Schedule, ranks: int, rank: int, stretches: int, micros: int) -> list[Action]:
     """What a rank of the pipeline does, in order.
 
-    chunks: stretches of blocks a rank (1 but for interleaved, where stretch c of rank r is number
+    stretches: of blocks of a rank (1 but for interleaved, where stretch c of rank r is number
     c * ranks + r of the model).
     """
-    rounds = max(1, micros // ranks) if chunks > 1 else micros
+    rounds = max(1, micros // ranks) if stretches > 1 else micros
     sizes = [micros // rounds + (index < micros % rounds) for index in range(rounds)]
     forward: list[Action] = []
     backward: list[Action] = []
     begin = 0
     for size in sizes:
         members = range(begin, begin + size)
-        forward += [Action(True, chunk, micro) for chunk in range(chunks) for micro in members]
-        backward += [Action(False, chunk, micro) for chunk in reversed(range(chunks)) for micro in members]
+        for stretch in range(stretches):
+            forward += [Action(True, stretch, micro) for micro in members]
+            backward += [Action(False, stretches - 1 - stretch, micro) for micro in members]
         begin += size
     if schedule == "gpipe":
         warm_up = len(forward)
-    elif chunks == 1:
+    elif stretches == 1:
         warm_up = ranks - rank - 1
     else:
-        warm_up = 2 * (ranks - rank - 1) + (chunks - 1) * max(sizes)
+        warm_up = 2 * (ranks - rank - 1) + (stretches - 1) * max(sizes)
     warm_up = min(warm_up, len(forward))
     order = forward[:warm_up]
     for one, other in zip(forward[warm_up:], backward, strict=False):
@@ -61,12 +64,18 @@ def actions(schedule: Schedule, ranks: int, rank: int, chunks: int, micros: int)
     return order + backward[len(forward) - warm_up :]
 
 
+def most_alive(order: Sequence[Action]) -> int:
+    """The most passes that a rank has begun and not ended at any time."""
+    return max(accumulate((1 if action.forward else -1 for action in order), initial=0))
+
+
 @dataclass
 class Pipeline:
     """Moves activations and gradients between the stages of one pipeline.
 
     stages: this rank's stretches.  Each directed neighbourhood has a group of its own, so that what is sent
-    one way never waits for what comes the other way.
+    one way never waits for what comes the other way.  A sent tensor lives until it was received; not more of
+    them than the schedule has passes alive are under way in either direction.
     """
 
     grid: Grid
@@ -74,18 +83,22 @@ class Pipeline:
     width: int
     dtype: torch.dtype
     _ways: dict[tuple[bool, int], ProcessGroup] = field(default_factory=dict)
-    _sent: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+    _sent: dict[bool, deque[tuple[dist.Work, Tensor]]] = field(
+        default_factory=lambda: {True: deque(), False: deque()}
+    )
+    _most_sent: int = 1
 
     def __post_init__(self) -> None:
         """Make the groups: (forward, sender's stage) -> the sender and its receiver, in all pipelines."""
         grid, size = self.grid, self.grid.pp.size
         for forward in (True, False):
             for sender in range(size):
-                receiver = (sender + (1 if forward else -1)) % size
+                receiver = sender + (1 if forward else -1)
+                if not 0 <= receiver < size and len(self.stages) == 1:
+                    continue  # only a rank of several stretches sends from the last rank to the first
                 for pipeline in grid.pipelines():
-                    ranks = [pipeline[sender], pipeline[receiver]]
-                    group = dist.new_group(ranks)
-                    if dist.get_rank() in ranks:
+                    group = grid.new_group([pipeline[sender], pipeline[receiver % size]])
+                    if group is not None:
                         self._ways[forward, sender] = group
 
     def run(
@@ -101,30 +114,33 @@ class Pipeline:
         backward pass that completes a stretch's gradients.
         """
         order = actions(schedule, self.grid.pp.size, self.grid.pp.rank, len(self.stages), len(batches))
+        self._most_sent = most_alive(order)
         total = torch.zeros((), dtype=torch.float32, device=self.grid.device)
         alive: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
-        left = {chunk: len(batches) for chunk in range(len(self.stages))}
+        left = {stretch: len(batches) for stretch in range(len(self.stages))}
         for action, received in self._with_received(order, batches):
-            stage, batch = self.stages[action.chunk], batches[action.micro]
+            stage, batch = self.stages[action.stretch], batches[action.micro]
             if action.forward:
-                h = received.requires_grad_() if received is not None else None
+                h = received
+                if h is not None and stage.trains_before:
+                    h.requires_grad_()
                 out = stage(batch, h)
                 if stage.head is not None:
                     total += out.detach()
                     out = loss_of(out)
                 else:
                     self._send(True, out.detach())
-                alive[action.chunk, action.micro] = h, out
+                alive[action.stretch, action.micro] = h, out
                 continue
-            h, out = alive.pop((action.chunk, action.micro))
-            left[action.chunk] -= 1
-            if left[action.chunk] == 0:
+            h, out = alive.pop((action.stretch, action.micro))
+            left[action.stretch] -= 1
+            if left[action.stretch] == 0:
                 last_backward(stage)
-            if out.requires_grad:  # the first stage may have nothing to train
+            if out.requires_grad:  # nothing may be trained so far
                 torch.autograd.backward(out, received)
-            if h is not None:
-                assert h.grad is not None
-                self._send(False, h.grad)
+            if stage.trains_before:
+                assert h is not None
+                self._send(False, torch.zeros_like(h) if h.grad is None else h.grad)
         self._settle()
         return total
 
@@ -132,10 +148,11 @@ class Pipeline:
     def evaluate(self, batch: MicroBatch) -> Tensor:
         """Forward of one batch; its summed loss (fp32) on the last stage, else 0."""
         total = torch.zeros((), dtype=torch.float32, device=self.grid.device)
-        order = [Action(True, chunk, 0) for chunk in range(len(self.stages))]
+        order = [Action(True, stretch, 0) for stretch in range(len(self.stages))]
+        self._most_sent = most_alive(order)
         for action, received in self._with_received(order, [batch]):
-            out = self.stages[action.chunk](batch, received, custom=False)
-            if self.stages[action.chunk].head is None:
+            out = self.stages[action.stretch](batch, received, custom=False)
+            if self.stages[action.stretch].head is None:
                 self._send(True, out)
             else:
                 total += out
@@ -170,9 +187,12 @@ class Pipeline:
             yield action, tensor
 
     def _ask(self, action: Action, batches: Sequence[MicroBatch]) -> tuple[Tensor, dist.Work] | None:
-        """Expect what an action needs: hidden states where no embedding is, gradients where no head is."""
-        stage, batch = self.stages[action.chunk], batches[action.micro]
+        """Expect what an action needs: hidden states where no embedding is; gradients where no head is, and
+        something is trained."""
+        stage, batch = self.stages[action.stretch], batches[action.micro]
         if (stage.embed if action.forward else stage.head) is not None:
+            return None
+        if not action.forward and not stage.trains:
             return None
         return self._expect(action.forward, (batch.input_ids.shape[0], stage.length(batch), self.width))
 
@@ -190,11 +210,13 @@ class Pipeline:
         tensor = tensor.contiguous()
         work = dist.isend(tensor, grid.stage_rank(receiver), group=self._ways[forward, grid.pp.rank])
         assert work is not None
-        self._sent = [(other, kept) for other, kept in self._sent if not other.is_completed()]
-        self._sent.append((work, tensor))
+        sent = self._sent[forward]
+        sent.append((work, tensor))
+        while sent and (sent[0][0].is_completed() or len(sent) > self._most_sent):
+            sent.popleft()[0].wait()  # gloo knows that one was received only when it is waited for
 
     def _settle(self) -> None:
         """Wait until everything sent has left."""
-        for work, _ in self._sent:
-            work.wait()
-        self._sent.clear()
+        for sent in self._sent.values():
+            while sent:
+                sent.popleft()[0].wait()

@@ -34,7 +34,7 @@ class Rule:
 
 
 def _stages(config: CollieConfig, options: Options) -> int:
-    return config.pp_size * options.chunks(config.pp_size)
+    return config.pp_size * options.stretches(config.pp_size)
 
 
 def _wrong_partition(config: CollieConfig, options: Options) -> bool:

@@ -41,9 +41,12 @@ class Stage(nn.Module):
         vocabulary: Vocabulary | None = None,
         begin: int = 0,
         total: int | None = None,
+        trains_before: bool = False,
+        trains: bool = True,
     ) -> None:
         """begin, total: where the blocks begin among all of the model.  tp: the ranks that share each layer.
-        vocabulary: this rank's words, where the head is cut.
+        vocabulary: this rank's words, where the head is cut.  trains_before: stages before this one train
+        something; trains: they or this one do.
         """
         super().__init__()
         self.embed: nn.Module | None = model.embed if first else None
@@ -52,6 +55,7 @@ class Stage(nn.Module):
         self.ops, self.run, self.tp, self.vocabulary = ops, run, tp, vocabulary
         self.loss_fn = run.loss_fn
         self.begin, self.total = begin, len(blocks) if total is None else total
+        self.trains_before, self.trains = trains_before, trains
         self._as_context: Callable[[Context], Context] = lambda ctx: model_context(model, ctx)
         self.run_blocks: BlockRunner | None = None
 

@@ -205,15 +205,15 @@ class DeepSpeedLayout:
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:
         """(summed loss, target tokens) over all ranks."""
         self.root.eval()
-        figures = torch.zeros(2, dtype=torch.float64)
+        total, tokens = torch.zeros((), dtype=torch.float64, device=self.run.device), 0
         with torch.no_grad():
             for batch in batches:
-                loss = self.root("forward", batch, None, False)
-                figures += torch.tensor([float(loss), float(batch.target_tokens)])
-        figures = figures.to(self.run.device)
+                total += self.root("forward", batch, None, False)
+                tokens += batch.target_tokens
+        figures = torch.stack([total, torch.full_like(total, tokens)])
         dist.all_reduce(figures)
-        summed, tokens = figures.tolist()
-        return summed, int(tokens)
+        summed, count = figures.tolist()
+        return summed, int(count)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """See `collie_core.models.generation.generate`; all ranks give the same prompts."""

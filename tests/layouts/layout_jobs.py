@@ -55,7 +55,8 @@ UNUSUAL: dict[str, tuple[int, dict[str, Any]]] = {"tp3": (3, {"tp_size": 3}), "t
 
 @dataclass
 class Training:
-    """One training of a job.  config: keys of the YAML.  actions: what else the ranks do before it."""
+    """One training of a job.  config: keys of the YAML.  actions: what else the ranks do before it, or
+    `call FUNCTION`: one of rank_calls.py, in its place."""
 
     config: dict[str, Any]
     actions: list[str] = field(default_factory=list)
@@ -235,7 +236,11 @@ def main(job: Path) -> None:
     open_process_group(world, local_device(world), 120.0)
     try:
         for training in json.loads(job.read_text()):
-            _train(training["config"], training["actions"])
+            calls = [a.removeprefix("call ") for a in training["actions"] if a.startswith("call ")]
+            for name in calls:
+                getattr(importlib.import_module("rank_calls"), name)(training["config"])
+            if not calls:
+                _train(training["config"], training["actions"])
     finally:
         close_process_group()
 

@@ -37,6 +37,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2, dp 2, zero 3": ("gpt2", {"dp_size": 2, "layout": {"zero_stage": 3}}),
     "gpt2, pp 2": ("gpt2", {"pp_size": 2}),
+    "qwen3, dp 2, zero 3": ("qwen3", {"dp_size": 2, "layout": {"zero_stage": 3}}),
     "qwen3, tp 2": ("qwen3", {"tp_size": 2}),
     "qwen3, pp 2": ("qwen3", {"pp_size": 2}),  # whose rotary tables are made anew on each stage
 }
