@@ -1,8 +1,8 @@
 """Collectives between the layers of tensor-parallel ranks, each with the one that its backward pass is.
 
-`enter` and `leave` bound what is computed on cut weights (Shoeybi et al. 2019, arXiv 1909.08053, section 3);
-with sequence parallelism (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2) the activations outside
-are cut along the sequence, dimension 1.
+`Copy` and `Reduce` bound what is computed on cut weights (f and g of Shoeybi et al. 2019, arXiv 1909.08053,
+section 3), or `GatherSequence` and `ReduceScatterSequence` with sequence parallelism (Korthikanti et al.
+2022, arXiv 2205.05198, section 4.2.2), which cuts the activations outside along the sequence, dimension 1.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class VocabularyEmbedding(AdaptedEmbedding):
         """ids (B, S) -> (B, S, E), whole on every rank."""
         place = ids - self.start
         absent = (place < 0) | (place >= self.weight.shape[0])
-        vectors = F.embedding(place.masked_fill(absent, 0), self.weight)
+        vectors = F.embedding(place.masked_fill(absent, 0), self.weight, self.padding_idx)
         summed: Tensor = Reduce.apply(vectors.masked_fill(absent.unsqueeze(-1), 0.0), self.tp.group)
         return summed
 
@@ -153,18 +153,12 @@ class Cutter:
         for path, module in list(model.named_modules(remove_duplicate=False)):
             if isinstance(module, Delta):
                 continue  # cut with its linear
-            for leaf, _ in list(module.named_parameters(recurse=False)):
-                name = f"{path}.{leaf}"
-                kind = self.kind(name)
-                if kind in ("columns", "rows", "embedding", "head") and not isinstance(
-                    module, nn.Linear | nn.Embedding
-                ):
-                    raise PluginError(
-                        f"the parallel plan cuts {name}, which belongs to a {type(module).__name__}; "
-                        "only nn.Linear and nn.Embedding can be cut"
-                    )
-            kind = self.kind(f"{path}.weight") if isinstance(module, nn.Linear | nn.Embedding) else None
-            if kind in ("columns", "rows", "embedding", "head"):
+            names = [f"{path}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)]
+            kinds = [kind for name in names if (kind := self.kind(name)) not in ("whole", "partial", None)]
+            if kinds:
+                _check_can_be_cut(path, module)
+            kind = self.kind(f"{path}.weight")
+            if kinds and kind in ("columns", "rows", "embedding", "head"):
                 made = self._replace(path, module, kind, shards, done, entrances)
                 owner, _, leaf = path.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, made)
@@ -215,6 +209,8 @@ class Cutter:
             weight = self._cut(weight_name, module.weight, 0, start, length, shards, done)
             made = VocabularyEmbedding(length, module.embedding_dim)
             made.weight, made.tp, made.start = weight, self.tp, start
+            if module.padding_idx is not None and start <= module.padding_idx < start + length:
+                made.padding_idx = module.padding_idx - start  # its vector has no gradient
             if isinstance(module, AdaptedEmbedding):
                 made.adapters = module.adapters
             return made
@@ -301,3 +297,18 @@ class Cutter:
             cuts = () if heads is None else ((dim, heads),)
             shards[name] = replace(shard, offsets=offsets, cuts=cuts, sums=(sharing,), copies=copies)
         return cut
+
+
+def _check_can_be_cut(path: str, module: nn.Module) -> None:
+    """Raise PluginError for a module whose forward pass would be lost: only the library's own are known."""
+    if type(module) not in (nn.Linear, AdaptedLinear, nn.Embedding, AdaptedEmbedding):
+        raise PluginError(
+            f"the parallel plan cuts {path}, a {type(module).__name__}; only nn.Linear and nn.Embedding "
+            "themselves can be cut, as what a subclass computes would be lost"
+        )
+    if isinstance(module, nn.Embedding):
+        changes = [key for key in ("max_norm", "scale_grad_by_freq", "sparse") if getattr(module, key)]
+        if changes:
+            raise PluginError(
+                f"the parallel plan cuts {path}, an embedding with {changes[0]}, which works on whole ones alone"
+            )
