@@ -21,38 +21,42 @@ def generate(
 ) -> Tensor:
     """Prompts and continuations, (B, S + new), the same on all ranks; options as of `GenerationOptions`."""
     chosen = GenerationOptions(**options)
-    if layout.grid.world.group is not None and chosen.do_sample and chosen.seed is None:
-        seed = torch.randint(2**62, (1,), device=layout.run.device)
-        dist.broadcast(seed, 0)
-        chosen = GenerationOptions(**{**options, "seed": int(seed)})
     blocks = [name for stage in layout.stages for name in stage.blocks]
-
-    def next_logits(ids: Tensor, ctx: Context, cache: KVCache) -> Tensor:
-        return _next_logits(layout, ids, ctx, cache)
-
+    agree = None if layout.grid.world.group is None else _of_first_rank
     with ExitStack() as stack:
         if layout.placed.tp is not None:
             stack.enter_context(layout.placed.tp.whole_sequences())
-        return generate_with(next_logits, layout.model, input_ids, attention_mask, chosen, blocks)
+        next_logits = _NextLogits(layout)
+        return generate_with(next_logits, layout.model, input_ids, attention_mask, chosen, blocks, agree)
 
 
-def _next_logits(layout: NativeLayout, ids: Tensor, ctx: Context, cache: KVCache) -> Tensor:
+def _of_first_rank(tokens: Tensor) -> Tensor:
+    dist.broadcast(tokens, 0)
+    return tokens
+
+
+class _NextLogits:
     """Logits (B, V) of the last position, on every rank."""
-    if layout.pipeline is None:
-        return layout.stages[0].next_logits(ids, ctx, cache)
-    grid, placed = layout.grid, layout.placed
-    out: Tensor | None = None
-    for stage in layout.stages:
-        shape = (*ids.shape, placed.width)
-        h = None if stage.embed is not None else layout.pipeline.receive(shape)
-        out = stage.next_logits(ids, ctx, cache, h)
-        if stage.head is None:
-            layout.pipeline.send(out)
-    if not grid.last:
-        out = torch.empty(0, device=grid.device)
-    assert out is not None
-    size = torch.tensor(out.shape[-1] if grid.last else 0, device=grid.device)
-    dist.all_reduce(size, dist.ReduceOp.MAX, group=grid.pp.group)
-    logits = out.float() if grid.last else torch.empty((len(ids), int(size)), device=grid.device)
-    dist.broadcast(logits, grid.stage_rank(grid.pp.size - 1), group=grid.pp.group)
-    return logits
+
+    def __init__(self, layout: NativeLayout) -> None:
+        self.layout = layout
+        self._words: int | None = None  # V, which only the last stage knows before the first token
+
+    def __call__(self, ids: Tensor, ctx: Context, cache: KVCache) -> Tensor:
+        layout, grid = self.layout, self.layout.grid
+        if layout.pipeline is None:
+            return layout.stages[0].next_logits(ids, ctx, cache)
+        out: Tensor | None = None
+        for stage in layout.stages:
+            shape = (*ids.shape, layout.placed.width)
+            h = None if stage.embed is not None else layout.pipeline.receive(shape)
+            out = stage.next_logits(ids, ctx, cache, h)
+            if stage.head is None:
+                layout.pipeline.send(out)
+        assert out is not None
+        if self._words is None:
+            words = torch.tensor(out.shape[-1] if grid.last else 0, device=grid.device)
+            self._words = int(grid.pp.sum(words))
+        logits = out.float() if grid.last else torch.empty((len(ids), self._words), device=grid.device)
+        dist.broadcast(logits, grid.stage_rank(grid.pp.size - 1), group=grid.pp.group)
+        return logits

@@ -136,18 +136,20 @@ def generate_with(
     attention_mask: Tensor | None,
     options: GenerationOptions,
     blocks: Sequence[str],
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """`generate` where `next_logits` runs the forward pass, whatever the layout.
 
     model: asked for contexts, positions and special ids alone.  blocks: names of the blocks that
     `next_logits` runs here, each of which gets a cache.  input_ids: on the device of the logits.
-    The logits must be the same on all processes that generate together, and so must be `options.seed`.
+    agree: makes the tokens (B,) that one of several processes chose those of all; their logits may differ in
+    the last bit.
     """
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):
         raise UserError("generate: pad the prompts on the left; a row of attention_mask ends with padding")
     eos, pad = _special_ids(model, options.eos_token_id, options.pad_token_id)
     stopped = _Stops(eos, options.stop_strings or [], options.tokenizer, input_ids.shape[1])
-    choose = _Chooser(options, _generator(options.seed, input_ids.device))
+    choose = _Chooser(options, _generator(options.seed, input_ids.device), agree)
     with _as_written():
         return _loop(next_logits, model, input_ids, attention_mask, options, choose, stopped, pad, blocks)
 
@@ -219,8 +221,13 @@ class _Chooser:
 
     options: GenerationOptions
     generator: torch.Generator | None
+    agree: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
+        token = self._choose(logits, ids)
+        return token if self.agree is None else self.agree(token)
+
+    def _choose(self, logits: Tensor, ids: Tensor) -> Tensor:
         options = self.options
         if options.repetition_penalty != 1.0:
             seen = logits.gather(1, ids)
