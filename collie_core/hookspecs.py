@@ -232,7 +232,7 @@ class Monitor(Protocol):
         """Figures of a training step (`loss`, `lr`, ...) or of an evaluation (`perplexity/perplexity`)."""
 
     def text(self, step: int, key: str, value: str) -> None:
-        """A piece of text, such as a generated sample."""
+        """A piece of text, such as a generated sample, that a plugin gave to `run.text(key, value)`."""
 
     def close(self, error: BaseException | None) -> None:
         """The run has ended, by `error` or well."""
@@ -301,12 +301,14 @@ def collie_backward_end(run: Run, step: int) -> None:
 
 @hookspec
 def collie_step_end(run: Run, step: int, metrics: Mapping[str, float]) -> None:
-    """The step is done; `run.stop(reason)` here ends the run after it."""
+    """The step is done; `run.stop(reason)` here, on any process, ends the run after it.
+
+    `peak_memory_gib` is this process's; what is logged afterwards is the highest of all."""
 
 
 @hookspec
 def collie_epoch_end(run: Run, epoch: int) -> None:
-    """An epoch is done."""
+    """An epoch is done: its last step is; not told where a run ends within it."""
 
 
 @hookspec
@@ -316,7 +318,7 @@ def collie_evaluate_start(run: Run, step: int) -> None:
 
 @hookspec
 def collie_evaluate_end(run: Run, step: int, metrics: Mapping[str, float]) -> None:
-    """An evaluation is done."""
+    """An evaluation is done; `run.stop(reason)` here, on any process, ends the run."""
 
 
 @hookspec

@@ -52,6 +52,7 @@ class Run:
     shards are this rank's parts of the parameters, by name, once a layout has placed them.
     virtual_tokens, of an adapter, are put before every record.
     added says which adapter added which parameter of the whole model; then all others are frozen.
+    show gives a text to the monitors; None on a process that has none.
     """
 
     config: CollieConfig
@@ -71,6 +72,7 @@ class Run:
     shards: dict[str, Shard] = field(default_factory=dict)
     virtual_tokens: int = 0
     added: dict[str, Adapter] = field(default_factory=dict)
+    show: Callable[[str, str], None] | None = None
 
     @property
     def first(self) -> bool:
@@ -93,6 +95,14 @@ class Run:
     def stop(self, reason: str) -> None:
         """End the run after this step, well: the checkpoint and the export are written."""
         self.stop_reason = self.stop_reason or reason
+
+    def text(self, key: str, value: str) -> None:
+        """Give every monitor a piece of text, such as a sample of what the model writes, for this step.
+
+        Any process may call it; the monitors are on the first, and show what that one gives.
+        """
+        if self.show is not None:
+            self.show(key, value)
 
     def parameter_groups(
         self, model: nn.Module, default_lr: float, default_weight_decay: float = 0.0

@@ -5,12 +5,15 @@ Each takes the process group to talk in (None: the default group), and is a plai
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from collie_core.errors import CollieError
+from collie_core.launch.failure import describe
+from collie_core.launch.world import machine
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,7 +40,7 @@ def together(action: Callable[[], T], group: ProcessGroup | None = None) -> T:
     if not distributed():
         return action()
     result, error = _attempt(action)
-    _raise_first(error, gather(error, group))
+    _raise_first(error, gather(_sendable(error), group))
     return result  # type: ignore[return-value]
 
 
@@ -45,12 +48,11 @@ def from_first(action: Callable[[], T], group: ProcessGroup | None = None) -> T:
     """What `action` returns on rank 0, which alone runs it; its error is raised on every rank."""
     if not distributed():
         return action()
-    outcome = _attempt(action) if dist.get_rank() == 0 else (None, None)
-    shared: list[Any] = [outcome]
+    result, error = _attempt(action) if dist.get_rank() == 0 else (None, None)
+    shared: list[Any] = [(result, _sendable(error))]
     dist.broadcast_object_list(shared, 0, group=group)
-    result, error = shared[0]
-    _raise_first(outcome[1], [error])
-    found: Any = outcome[0] if dist.get_rank() == 0 else result
+    _raise_first(error, [shared[0][1]])
+    found: Any = result if dist.get_rank() == 0 else shared[0][0]
     return found
 
 
@@ -58,12 +60,14 @@ def from_first_on_node(action: Callable[[], T], group: ProcessGroup | None = Non
     """What `action` returns on the first process of this machine; see `from_first`."""
     if not distributed():
         return action()
-    local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
-    outcome = _attempt(action) if local_rank == 0 else (None, None)
-    everyone = gather(outcome, group)
-    _raise_first(outcome[1], [error for _, error in everyone])
-    result: Any = everyone[dist.get_rank() - local_rank][0]
-    return result
+    machines = gather(machine(), group)
+    first = machines.index(machine())
+    mine = dist.get_rank(group) == first
+    result, error = _attempt(action) if mine else (None, None)
+    everyone = gather((result, _sendable(error)), group)
+    _raise_first(error, [other for _, other in everyone])
+    found: Any = result if mine else everyone[first][0]
+    return found
 
 
 def highest(values: Sequence[float], group: ProcessGroup | None = None) -> list[float]:
@@ -81,6 +85,20 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return action(), None
     except (Exception, KeyboardInterrupt) as error:
         return None, error
+
+
+def _sendable(error: BaseException | None) -> BaseException | None:
+    """The error, or, where another process could not make it again, one with its text and exit status."""
+    if error is None or "__reduce__" in vars(type(error)):
+        return error
+    plain = type(error).__module__ in ("builtins", "collie_core.errors")
+    values = [*error.args, *vars(error).values()]
+    if plain and all(isinstance(value, str | int | float | None) for value in values):
+        return error
+    text, status = describe(error)
+    sent = CollieError(text)
+    sent.exit_status = status
+    return sent
 
 
 def _raise_first(own: BaseException | None, errors: Sequence[BaseException | None]) -> None:

@@ -32,7 +32,8 @@ def page() -> str:
     """The whole page, as Markdown."""
     schema = CollieConfig.model_json_schema()
     lines = [INTRODUCTION, "| key | may be | default | |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(schema, "", schema)]
+    cells = ([cell.replace("|", "\\|") for cell in row] for row in rows(schema, "", schema))
+    lines += [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join(lines) + "\n"
 
 
@@ -42,7 +43,10 @@ def rows(schema: dict[str, Any], prefix: str, root: dict[str, Any]) -> Iterator[
         section = _section(field, root)
         key = f"{prefix}{name}"
         if section is None:
-            default = f"`{json.dumps(field['default'])}`" if "default" in field else "required"
+            if name in schema.get("required", []):
+                default = "required"
+            else:  # the schema does not know what a factory makes, which is an empty list
+                default = f"`{json.dumps(field.get('default', []))}`"
             yield f"`{key}`", describe(field, root), default, field.get("description", "")
             continue
         many = "items" in field

@@ -31,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     model = config.model
-    selected = select_provider(model.path, provider=model.provider, revision=model.revision)
+    selected = select_provider(
+        model.path, provider=model.provider, revision=model.revision, weights=False
+    )
     provider = selected.provider
     tokenizer = provider.tokenizer(selected.path)
     sources = getattr(config.data, args.split)

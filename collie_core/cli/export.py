@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--as", dest="relative", metavar="NAME", help="write as a family that transformers implements"
     )
+    parser.add_argument("--provider", metavar="NAME", help="model plugin; default: that of SRC")
+    parser.add_argument("--revision", metavar="R", help="of a hub id")
     parser.add_argument("--merge", action="store_true", help="fold the adapters of SRC into the weights")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as stored")
 
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = Path(args.out)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    selected = select_provider(args.source)
+    selected = select_provider(args.source, provider=args.provider, revision=args.revision)
     if args.merge and not selected.adapters:
         raise UserError(f"{args.source}: --merge: it has no adapters")
     if selected.adapters:

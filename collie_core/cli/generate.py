@@ -10,6 +10,8 @@ import sys
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("model", metavar="M", help="model folder, hub id, run folder or checkpoint")
+    parser.add_argument("--provider", metavar="NAME", help="model plugin; default: M's own")
+    parser.add_argument("--revision", metavar="R", help="of a hub id")
     parser.add_argument("--prompt", required=True, help="text to go on from; - reads it from standard input")
     parser.add_argument(
         "--chat", action="store_true", help="put the prompt into the chat template as a user's message"
@@ -39,9 +41,10 @@ def run(args: argparse.Namespace) -> int:
     from collie_core.errors import UserError
     from collie_core.models.auto import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    which = {"provider": args.provider, "revision": args.revision}
+    tokenizer = AutoTokenizer.from_pretrained(args.model, **which)
     model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=getattr(torch, args.dtype), use_flash="auto"
+        args.model, dtype=getattr(torch, args.dtype), use_flash="auto", **which
     )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     ends = None

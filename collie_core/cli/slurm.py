@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _tasks_per_node(args: argparse.Namespace, config: CollieConfig) -> int:
     """Processes a node.  Raises UserError where nodes and sizes do not make the same number."""
-    from collie_core.launch.preflight import arithmetic, product
+    from collie_core.config.checks import arithmetic, product
 
     for name in ("nodes", "gpus_per_node", "tasks_per_node"):
         value = getattr(args, name)

@@ -24,6 +24,8 @@ MAY_DIFFER: tuple[Key, ...] = (
     ("train", "activation_checkpointing"),
     ("train", "epochs"),
     ("train", "max_steps"),
+    ("train", "on_nan"),
+    ("train", "stop_grace"),
     # covered by the global batch, which is compared itself
     ("train", "micro_batch_size"),
     ("train", "gradient_accumulation_steps"),
@@ -63,16 +65,30 @@ def global_batch_size(config: CollieConfig) -> int:
     return config.train.micro_batch_size * config.dp_size * accumulation_steps(config)
 
 
+def product(config: CollieConfig) -> int:
+    """The number of processes that the config's sizes make."""
+    return config.dp_size * config.tp_size * config.pp_size
+
+
+def arithmetic(config: CollieConfig) -> str:
+    """`dp_size 2 x tp_size 1 x pp_size 1 = 2`."""
+    sizes = f"dp_size {config.dp_size} x tp_size {config.tp_size} x pp_size {config.pp_size}"
+    return f"{sizes} = {product(config)}"
+
+
 def check_config(config: CollieConfig, world_size: int) -> None:
     """Everything that needs neither a plugin nor a file.  Raises ConfigProblems with all of it."""
     found: list[tuple[Key, str]] = []
-    product = config.dp_size * config.tp_size * config.pp_size
-    if product != world_size:
+    if product(config) != world_size:
+        started = (
+            f"; start the script with `torchrun --nproc-per-node {product(config)} SCRIPT` "
+            "(collie train starts its processes itself)"
+        )
         found.append(
             (
                 ("dp_size",),
-                f"dp_size {config.dp_size} x tp_size {config.tp_size} x pp_size {config.pp_size} "
-                f"= {product}, but the job has {world_size} process{'es' if world_size > 1 else ''}",
+                f"{arithmetic(config)}, but the job has {world_size} process"
+                f"{'es' if world_size > 1 else started}",
             )
         )
     schedule = config.schedule

@@ -74,6 +74,8 @@ def parse(text: str, source: str) -> Document:
         raise ConfigError(f"{source}{line}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deeply") from None
     finally:
         loader.dispose()
 
@@ -92,17 +94,23 @@ def read(path: Path) -> Document:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
-def parse_value(text: str) -> Any:
-    """The value of an override such as `3e-4`, `[a, b]` or `{name: lora}`."""
-    return parse(text, "command line").data
+def parse_value(text: str, override: str) -> Any:
+    """The value of an override such as `3e-4`, `[a, b]` or `{name: lora}`.  Raises ConfigError naming it."""
+    return parse(text, f"override {override!r}").data
 
 
-def _walk(node: yaml.Node, path: Key, document: Document) -> None:
-    """Record the line of every key below `node`; refuse duplicates."""
+def _walk(node: yaml.Node, path: Key, document: Document, above: tuple[yaml.Node, ...] = ()) -> None:
+    """Record the line of every key below `node`; refuse duplicates, and aliases of what is `above` them."""
+    if any(node is one for one in above):
+        raise ConfigError(
+            f"{document.source}:{node.start_mark.line + 1}: {'.'.join(map(str, path))}: an alias of what it "
+            "stands in"
+        )
+    above = (*above, node)
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             document.lines[(*path, index)] = item.start_mark.line + 1
-            _walk(item, (*path, index), document)
+            _walk(item, (*path, index), document, above)
     elif isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
@@ -115,4 +123,4 @@ def _walk(node: yaml.Node, path: Key, document: Document) -> None:
                     f"{document.source}:{line}: {name}: given twice, first on line {document.lines[key]}"
                 )
             document.lines[key] = line
-            _walk(value_node, key, document)
+            _walk(value_node, key, document, above)

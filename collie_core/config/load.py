@@ -47,7 +47,7 @@ def apply_override(document: Document, override: str) -> None:
         if isinstance(target, str):  # `optimizer: lomo` stands for `{name: lomo}`
             target = {"name": target}
             _assign(document.data, parts[: position + 1], target, override)
-    _put(target, parts[-1], parse_value(text), override)
+    _put(target, parts[-1], parse_value(text, override), override)
     document.overrides[tuple(int(part) if part.isdigit() else part for part in parts)] = override
 
 

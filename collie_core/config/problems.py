@@ -19,13 +19,18 @@ class ConfigProblems(ConfigError):
     def __init__(
         self, problems: Iterable[tuple[Key, str]], locate: Callable[[Key], str] | None = None
     ) -> None:
-        self.problems = list(problems)
+        self.problems, self._locate = list(problems), locate
         lines = []
         for path, message in self.problems:
             where = f"{locate(path)}: " if locate else ""
             name = f"{dotted(path)}: " if path else ""
             lines.append(f"{where}{name}{message}")
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: the same text, with the places as they were found here."""
+        places = {path: self._locate(path) for path, _ in self.problems} if self._locate else None
+        return type(self), (self.problems, places.get if places else None)
 
     def below(self, prefix: Key) -> ConfigProblems:
         """The same problems for a section that stands at `prefix`."""
@@ -137,7 +142,7 @@ def describe(schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
             words.append(" or ".join(str(choice) for choice in branch.get("enum", [branch.get("const")])))
         elif kind in ("integer", "number"):
             limits = [
-                f"{sign} {branch[key]:g}"
+                f"{sign} {branch[key] if isinstance(branch[key], int) else format(branch[key], 'g')}"
                 for key, sign in (
                     ("minimum", ">="),
                     ("exclusiveMinimum", ">"),

@@ -28,7 +28,12 @@ class Section(BaseModel):
     """A part of the config: unknown keys and wrong types are refused, on assignment too."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, validate_assignment=True, validate_default=True, protected_namespaces=()
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_assignment=True,
+        validate_default=True,
+        protected_namespaces=(),
     )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -232,7 +237,7 @@ class CollieConfig(Section):
     )
     ops: OpsSection = Field(default_factory=lambda: OpsSection())
     output_dir: Text = "runs/run"
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 42
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -208,8 +208,10 @@ class _Reading:
 
     def dataset(self, weights: tuple[float, ...] | None) -> TokenizedDataset:
         """Everything gathered, in flat arrays."""
-        tokens, labels = np.concatenate(self._ids), np.concatenate(self._labels)
-        self._ids, self._labels = [], []
+        tokens = np.concatenate(self._ids)
+        self._ids = []  # one list is freed before the next is doubled
+        labels = np.concatenate(self._labels)
+        self._labels = []
         offsets = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
         groups, files, numbers = np.array(self._places).reshape(-1, 3).T
         counts = Counts(

@@ -97,17 +97,25 @@ class DataReader:
         self._position = (epoch, row)
 
     def __iter__(self) -> Iterator[StepBatch]:
-        """Steps from the position on, made ahead in a background thread."""
-        for batch, position in prefetch(self._steps(*self._position), PREFETCHED_STEPS):
+        """Steps from the position on, without end."""
+        return self.steps()
+
+    def steps(self, last: int | None = None) -> Iterator[StepBatch]:
+        """Steps from the position on, up to number `last`, made ahead in a background thread."""
+        for batch, position in prefetch(self._steps(*self._position, last), PREFETCHED_STEPS):
             self._position = position
             yield batch
 
-    def _steps(self, epoch: int, row: int) -> Iterator[tuple[StepBatch, tuple[int, int]]]:
-        """Each step with the position after it."""
+    def _steps(
+        self, epoch: int, row: int, final: int | None
+    ) -> Iterator[tuple[StepBatch, tuple[int, int]]]:
+        """Each step with the position after it; an epoch is packed when its first step is made."""
         step = self.total_steps(epoch) + row // self._global_rows
-        while True:
+        while final is None or step < final:
             rows = self.rows(epoch)
             for first in range(row, len(rows), self._global_rows):
+                if step == final:
+                    return
                 last = min(first + self._global_rows, len(rows))
                 step += 1
                 position = (epoch, last) if last < len(rows) else (epoch + 1, 0)

@@ -30,7 +30,8 @@ def run_command(
 
     world = current_world()
     if world.launcher == "none":
-        from collie_core.launch.preflight import check_before_launch, check_devices, product
+        from collie_core.config.checks import product
+        from collie_core.launch.preflight import check_before_launch, check_devices
 
         config = load_config(args.config, args.overrides)
         _check_nproc(args.nproc, config)
@@ -50,7 +51,7 @@ def run_command(
 
 
 def _check_nproc(nproc: int | None, config: CollieConfig) -> None:
-    from collie_core.launch.preflight import arithmetic, product
+    from collie_core.config.checks import arithmetic, product
 
     if nproc is not None and nproc != product(config):
         raise UserError(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from collie_core.errors import RunFailed
 from collie_core.launch.failure import Failure, describe, is_consequence
-from collie_core.launch.world import World, rendezvous
+from collie_core.launch.world import World, machine, rendezvous
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
@@ -69,13 +69,22 @@ class Peers:
         self._left = threading.Event()
         self._rounds = 0
         self._failure: Failure | None = None
+        self._told: bool | None = None
         for work in (self._beat, self._watch):
             threading.Thread(target=work, name=f"collie{work.__name__}", daemon=True).start()
 
     # ------------------------------------------------------------------ the main thread's calls
 
     def fail(self, error: BaseException) -> bool:
-        """Tell all that this process ends by `error`; False where another's failure came first."""
+        """Tell all that this process ends by `error`; False where another's failure came first.
+
+        Only the first call tells it; later ones return the same.
+        """
+        if self._told is None:
+            self._told = self._tell(error)
+        return self._told
+
+    def _tell(self, error: BaseException) -> bool:
         message, status = describe(error)
         with suppress(Exception):  # the store may be gone, and with it whoever had it
             if is_consequence(error):
@@ -239,10 +248,7 @@ def _say(line: str) -> None:
 
 def _identity() -> dict[str, Any]:
     """This process's host and id, and the machine in which the id means something."""
-    machine = ""
-    with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-        machine = file.read().strip() + os.readlink("/proc/self/ns/pid")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine or socket.gethostname()}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine()}
 
 
 #: This process's Peers, if it has joined: like the default process group, a fact of the process.

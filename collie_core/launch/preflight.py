@@ -5,21 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from collie_core.config.checks import check_config
+from collie_core.config.checks import arithmetic, check_config, product
 from collie_core.config.problems import ConfigProblems
 from collie_core.config.schema import CollieConfig
 from collie_core.errors import UserError
-
-
-def product(config: CollieConfig) -> int:
-    """The number of processes that the config's sizes make."""
-    return config.dp_size * config.tp_size * config.pp_size
-
-
-def arithmetic(config: CollieConfig) -> str:
-    """`dp_size 2 x tp_size 1 x pp_size 1 = 2`."""
-    sizes = f"dp_size {config.dp_size} x tp_size {config.tp_size} x pp_size {config.pp_size}"
-    return f"{sizes} = {product(config)}"
 
 
 def check_devices(config: CollieConfig) -> None:
@@ -35,22 +24,26 @@ def check_devices(config: CollieConfig) -> None:
 
 
 def check_before_launch(config: CollieConfig, needed: Literal["train", "eval"] = "train") -> None:
-    """The config, its plugins and their checks, the model's config and the data files; `needed` must be set.
+    """The config, its plugins and their checks, the folders, the model's config and the data files.
 
+    needed: the data that must be there; for `eval` those to train are not looked at.
     Raises UserErrors as the run itself would.
     """
     from collie_core.data.sources import open_sources, sections_of
     from collie_core.models.provider import select_provider
+    from collie_core.train.resume import check_output_dir
     from collie_core.train.setup import check_run
 
     check_config(config, product(config))
     check_run(config)
     model = config.model
-    select_provider(model.path, provider=model.provider, revision=model.revision)
+    if needed == "train":
+        check_output_dir(Path(config.output_dir))
+    select_provider(model.path, provider=model.provider, revision=model.revision, weights=False)
     if getattr(config.data, needed) is None:
         message = f"is required for {needed}: a file or folder of records"
         raise config.problems(ConfigProblems([(("data", needed), message)]))
-    for split in ("train", "eval"):
+    for split in ("train", "eval") if needed == "train" else ("eval",):
         for section in sections_of(getattr(config.data, split) or []):
             if not Path(section.path).exists():  # a name on the hub, or a mistake that this tells
                 open_sources([section], split)

@@ -46,7 +46,8 @@ def as_rank(world: World) -> Iterator[None]:
         if peers.fail(error):
             if os.environ.get("COLLIE_TRACEBACK") == "1":
                 traceback.print_exception(error)
-            print(f"error: {peers.failure}", file=sys.stderr, flush=True)
+            interrupted = isinstance(error, KeyboardInterrupt)
+            print("interrupted" if interrupted else f"error: {peers.failure}", file=sys.stderr, flush=True)
         peers.leave(error)
         _flush()
         # not by way of the interpreter's end, where threads of a broken collective may wait for ever

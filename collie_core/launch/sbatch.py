@@ -64,7 +64,9 @@ SCRIPT = """\
 trap : TERM
 stopped={folder}/$SLURM_JOB_ID.stopped
 rm -f "$stopped"
-srun --kill-on-bad-exit=1 {command}
+# since slurm 22.05 srun does not take it from the job
+[ -n "$SLURM_CPUS_PER_TASK" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+srun --kill-on-bad-exit=1 --distribution=block {command}
 status=$?
 job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
 if grep -q 'JobState=RUNNING' <<< "$job"; then

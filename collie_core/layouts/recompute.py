@@ -55,6 +55,10 @@ def runner_for(
     """
     mode = run.resolved.get("activation_checkpointing", run.config.train.activation_checkpointing)
     total = len(blocks) if total is None else total
+    if isinstance(mode, dict):  # measured by an earlier start, by stretch
+        mode = mode.get(str(begin), "auto")
+        if mode != "auto":
+            return partial(_run, blocks, mode)
     if isinstance(mode, int) and mode > total:
         message = f"{mode} blocks, but the model has {total}"
         raise run.config.problems(ConfigProblems([(("train", "activation_checkpointing"), message)]))
@@ -65,7 +69,7 @@ def runner_for(
         if isinstance(mode, int):
             mode = min(max(mode - begin, 0), len(blocks))
         return partial(_run, blocks, mode)
-    return _Measured(blocks, run, agree)
+    return _Measured(blocks, run, agree, str(begin) if len(blocks) < total else None)
 
 
 def _run(blocks: list[nn.Module], mode: str | int, h: Tensor, context: Context) -> Tensor:
@@ -90,15 +94,23 @@ def _run(blocks: list[nn.Module], mode: str | int, h: Tensor, context: Context) 
 class _Measured:
     """`auto` on CUDA: the first forward recomputes everything but counts what its first block would keep."""
 
-    def __init__(self, blocks: list[nn.Module], run: Run, agree: Callable[[int], int] | None) -> None:
-        self.blocks, self.run, self.agree = blocks, run, agree
+    def __init__(
+        self, blocks: list[nn.Module], run: Run, agree: Callable[[int], int] | None, stretch: str | None
+    ) -> None:
+        """stretch: the name of these blocks among all of the model; None: they are all."""
+        self.blocks, self.run, self.agree, self.stretch = blocks, run, agree, stretch
         self.mode: str | int = "auto"
 
     def __call__(self, h: Tensor, context: Context) -> Tensor:
         if self.mode == "auto":
             chosen = self._choose(h, context)
             self.mode = chosen if self.agree is None else self.agree(chosen)
-            self.run.resolved["activation_checkpointing"] = self.mode
+            resolved = self.run.resolved
+            if self.stretch is None:
+                resolved["activation_checkpointing"] = self.mode
+            else:  # this rank may have several
+                others = resolved.get("activation_checkpointing", {})
+                resolved["activation_checkpointing"] = {**others, self.stretch: self.mode}
         return _run(self.blocks, self.mode, h, context)
 
     def _choose(self, h: Tensor, context: Context) -> int:

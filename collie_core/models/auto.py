@@ -11,8 +11,8 @@ import torch
 from collie_core.errors import UserError
 from collie_core.models.causal_lm import CausalLM, Origin, adopt
 from collie_core.models.initialise import initialise
-from collie_core.models.provider import SelectedProvider, provider_for, read_hf_config, select_provider
-from collie_core.models.sources import load_selected, locate
+from collie_core.models.provider import SelectedProvider, provider_for, select_provider
+from collie_core.models.sources import load_selected
 from collie_core.ops import Ops, select_ops
 
 if TYPE_CHECKING:
@@ -92,9 +92,8 @@ class AutoTokenizer:
         cls, path: str | Path, provider: str | None = None, revision: str | None = None
     ) -> Any:
         """The tokenizer in a folder or hub repository, with the interface of transformers; no code is run."""
-        folder = locate(path, revision, weights=False).folder
-        selected = provider_for(read_hf_config(folder), folder, provider)
-        return selected.provider.tokenizer(folder)
+        selected = select_provider(path, provider, revision, weights=False)
+        return selected.provider.tokenizer(selected.path)
 
 
 def _ops(config: CollieConfig | None, use_flash: UseFlash | None) -> Ops:

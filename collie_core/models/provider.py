@@ -16,6 +16,7 @@ from collie_core.registry.registry import WILDCARD, where_to_get
 if TYPE_CHECKING:
     from collie_core.hookspecs import ModelProvider
     from collie_core.models.adapter_folder import AdapterSpec
+    from collie_core.models.sources import ModelSource
     from collie_core.run import Run
 
 
@@ -53,17 +54,20 @@ def select_provider(
     revision: str | None = None,
     plugins: RunPlugins | None = None,
     run: Run | None = None,
+    weights: bool = True,
+    source: ModelSource | None = None,
 ) -> SelectedProvider:
     """The provider for a folder in Hugging Face layout, a hub id (downloaded), a run folder or a checkpoint.
 
     provider: a model plugin's name, instead of the checkpoint's model_type; a checkpoint of a run is read by
     the one that made it, whose names its tensors have.  plugins: those of the run.
+    weights: false where they will not be read, see `locate`.  source: what `locate` found at `path`.
     Raises CheckpointError without a readable config.json, PluginError where no plugin serves it, ConfigError
     where the plugin does not support the config.
     """
     from collie_core.models.sources import locate
 
-    source = locate(path, revision)
+    source = locate(path, revision, weights) if source is None else source
     hf_config = read_hf_config(source.folder)
     written = source.trained or source.checkpoint
     if provider is None and written is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from collie_core.checkpoint.folder import is_checkpoint, open_checkpoint, read_state
+from collie_core.checkpoint.folder import (
+    CHECKPOINTS,
+    is_checkpoint,
+    open_checkpoint,
+    read_state,
+    step_folders,
+)
+from collie_core.checkpoint.manifest import Verify
 from collie_core.checkpoint.store import fill, read_metadata, stream_tensors
 from collie_core.checkpoint.tensor_files import TensorFiles
 from collie_core.errors import CheckpointError
@@ -24,6 +32,8 @@ from collie_core.shard import Piece
 
 if TYPE_CHECKING:
     from collie_core.models.provider import SelectedProvider
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,8 +99,10 @@ class CheckpointReader:
 
     def get(self, name: str) -> Tensor:
         """The whole tensor on the CPU."""
-        [(_, tensor)] = stream_tensors(self.folder, [name])
-        return tensor
+        stored = self._stored[name]
+        whole = torch.empty(stored.shape, dtype=stored.torch_dtype)
+        fill(Piece(whole, tuple(stored.shape), (0,) * whole.ndim), name, stored, self._files)
+        return whole
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Copy the tensor into `out`."""
@@ -112,32 +124,55 @@ class CheckpointReader:
 def locate(path: str | Path, revision: str | None = None, weights: bool = True) -> ModelSource:
     """The model that `path` names: of a run folder the export or, where that is newer, the last checkpoint.
 
-    An adapter's folder, or the checkpoint of a run with adapters, names its base model.
+    An adapter's folder, or a run with adapters, names its base model.  weights: they will be read, so they
+    are downloaded, or a checkpoint is verified in full (else by the sizes of its files).
     Raises CheckpointError where there is none, or the checkpoint is damaged.
     """
     folder = resolve(path, revision, weights)
-    exported = _exported(folder)
+    result = exported(folder)
     if is_checkpoint(folder):
-        checkpoint = open_checkpoint(folder).path
-        if exported is None or exported.stat().st_mtime < checkpoint.stat().st_mtime:
+        checkpoint = _newest(folder, result, weights)
+        if checkpoint is not None:
             return _of_checkpoint(checkpoint, weights)
     elif (folder / "config.json").is_file():
         return ModelSource(folder)
-    if exported is not None and exported.name == "config.json":
-        return ModelSource(exported.parent)
-    adapters = adapter_folders(folder / "adapter" if exported is not None else folder)
-    if not adapters:
+    folder = folder if result is None else folder / RESULT
+    adapters = adapter_folders(folder)
+    if not adapters or (folder / "config.json").is_file():
         return ModelSource(folder)
     base, specs = read_adapters(adapters)
     where = f"{adapters[0] / ADAPTER_FILE}: base_model_name_or_path"
     return replace(_base(base, None, weights, where), adapters=specs)
 
 
-def _exported(folder: Path) -> Path | None:
-    """The config of what a run exported in the end, its model or its adapters."""
-    model = folder / "model" / "config.json"
-    adapters = adapter_folders(folder / "adapter")
+#: Where a run leaves what it has trained, in its folder.
+RESULT = "model"
+
+
+def exported(folder: Path) -> Path | None:
+    """The config of what a run exported in the end into its `folder`: its model, or its adapters."""
+    model = folder / RESULT / "config.json"
+    adapters = adapter_folders(folder / RESULT)
     return model if model.is_file() else adapters[0] / ADAPTER_FILE if adapters else None
+
+
+def _newest(folder: Path, result: Path | None, weights: bool) -> Path | None:
+    """The checkpoint at `folder`, or the newest of the run there; None where its export came later."""
+    mode: Verify = "full" if weights else "size"
+    if result is None:
+        return open_checkpoint(folder, mode).path
+
+    def is_newer(checkpoint: Path) -> bool:
+        return checkpoint.stat().st_mtime > result.stat().st_mtime
+
+    if not any(is_newer(path) for path in step_folders(folder / CHECKPOINTS).values()):
+        return None
+    try:
+        found = open_checkpoint(folder, mode).path
+    except CheckpointError as error:
+        _log.warning("%s; using %s", error, result.parent)
+        return None
+    return found if is_newer(found) else None
 
 
 def _of_checkpoint(checkpoint: Path, weights: bool) -> ModelSource:

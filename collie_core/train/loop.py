@@ -1,4 +1,4 @@
-"""The training loop: one straight line from a step batch to update, figures, evaluation and checkpoint."""
+"""The training loop: one straight line from a step batch to update, figures, checkpoint and evaluation."""
 
 from __future__ import annotations
 
@@ -16,19 +16,16 @@ if TYPE_CHECKING:
 
 
 def train_loop(session: Session, signals: StopSignals) -> None:
-    """Train from `run.step` to `run.total_steps`, or until the run is stopped.
+    """Train from `run.step` to `run.total_steps`, or until the processes agree to stop (`session.stop`).
 
+    What one process alone knows, a signal or a `run.stop`, changes nothing before all have agreed on it.
     Raises RunFailed on a non-finite loss or gradient under `on_nan: stop`.
     """
     run, config, layout, plugins = session.run, session.run.config, session.layout, session.plugins
     epoch: int | None = None
     plugins.broadcast("collie_run_start", run=run)
-    for batch in session.reader:
-        if run.step >= run.total_steps:
-            break
+    for batch in session.reader.steps(run.total_steps):
         if batch.epoch != epoch:
-            if epoch is not None:
-                plugins.broadcast("collie_epoch_end", run=run, epoch=epoch)
             epoch = batch.epoch
             plugins.broadcast("collie_epoch_start", run=run, epoch=epoch)
 
@@ -37,29 +34,33 @@ def train_loop(session: Session, signals: StopSignals) -> None:
         started = time.perf_counter()
         lr = session.base_lr * learning_rate_factor(config.schedule, batch.step, run.total_steps)
         figures = layout.train_step(batch, lr)
+        seconds = time.perf_counter() - started
         plugins.broadcast("collie_backward_end", run=run, step=batch.step)
-        run.step = batch.step
-        session.position = session.reader.state()
         if not figures["finite"]:
             _not_finite(session, batch, figures)
-        memory = session.agree(signals)
+        run.step = batch.step
+        session.position = session.reader.state()
 
-        # ---------------------------------------------------------------- its figures
-        metrics = _metrics(batch, lr, figures, time.perf_counter() - started, memory)
-        session.log(run.step, metrics)
+        # ---------------------------------------------------------------- its end, and its figures
+        metrics = _metrics(batch, lr, figures, seconds, session.peak_memory_gib())
         plugins.broadcast("collie_step_end", run=run, step=run.step, metrics=metrics)
+        if session.position["epoch"] > batch.epoch:
+            plugins.broadcast("collie_epoch_end", run=run, epoch=batch.epoch)
+        stop = session.agree(signals)
+        session.log(run.step, {**metrics, "peak_memory_gib": stop.memory})
 
-        # ---------------------------------------------------------------- evaluation and checkpoint
-        last = run.step >= run.total_steps
-        stopping = signals.received is not None or run.stop_reason is not None
-        if _due(config.evaluate.every_steps, run.step) or last or run.stop_reason is not None:
-            session.evaluate()
-        if _due(config.checkpoint.every_steps, run.step) or stopping or last:
+        # ---------------------------------------------------------------- checkpoint and evaluation
+        ends = bool(stop) or run.step >= run.total_steps
+        if ends or _due(config.checkpoint.every_steps, run.step):
             session.save()
-        if stopping:
+        # who sends a signal waits
+        if stop.signal is None and (ends or _due(config.evaluate.every_steps, run.step)):
+            session.evaluate()
+            if session.agree(signals):
+                ends = True
+                session.save()
+        if ends:
             break
-    if epoch is not None:
-        plugins.broadcast("collie_epoch_end", run=run, epoch=epoch)
 
 
 def _due(every: int | None, step: int) -> bool:
@@ -85,7 +86,7 @@ def _metrics(
 
 
 def _not_finite(session: Session, batch: StepBatch, figures: dict[str, float]) -> None:
-    """Name the records of a step that was skipped; end the run unless `on_nan: skip`."""
+    """Name the records of a step that is not finite; under `on_nan: stop` save what was before, and end."""
     from collie_core.together import gather
 
     own = [origin for micro in batch.micro_batches for row in micro.records for origin in row]
@@ -96,6 +97,25 @@ def _not_finite(session: Session, batch: StepBatch, figures: dict[str, float]) -
         f"step {batch.step}: the {what} is not finite (loss {figures['loss']}, gradient norm "
         f"{figures['grad_norm']}); records: {shown}"
     )
-    if session.run.config.train.on_nan == "stop":
-        raise RunFailed(f"{message}. Lower the learning rate, clip gradients, or set train.on_nan: skip")
-    session.warn(f"{message}; the step was skipped")
+    optimizer = session.layout.optimizer
+    # an update in the backward pass knows its own gradient alone, where the norm is not found before
+    partly = (
+        optimizer is not None
+        and optimizer.in_backward
+        and math.isfinite(figures["loss"])
+        and not session.layout.needs_norm
+    )
+    if session.run.config.train.on_nan == "skip":
+        how = "only parameters whose gradient is finite were updated" if partly else "the step was skipped"
+        return session.warn(f"{message}; {how}")
+    if partly:
+        saved = "nothing is saved, since parameters whose gradient is finite were updated already"
+    elif session.run.step:
+        session.save()
+        saved = f"the state after step {session.run.step} is saved"
+    else:
+        saved = "no step was done before"
+    raise RunFailed(
+        f"{message}; {saved}. Go on with train.on_nan: skip, or begin anew with a lower learning rate or "
+        "clipped gradients"
+    )

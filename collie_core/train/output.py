@@ -77,9 +77,17 @@ def checkpoint_state(run: Run, position: Any, data_fingerprint: str) -> dict[str
         "data": data_fingerprint,
         "rng": gather(rng_state(), run.control),
         "config": run.config.to_mapping(),
-        "resolved": run.resolved,
+        "resolved": _merged(gather(run.resolved, run.control)),
         "provider": run.source.name if run.source else None,
     }
+
+
+def _merged(resolved: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first process's autos; what each stretch of a pipeline has for itself is that of all."""
+    key, found = "activation_checkpointing", dict(resolved[0])
+    if isinstance(found.get(key), dict):
+        found[key] = {stretch: number for one in resolved for stretch, number in one[key].items()}
+    return found
 
 
 def write_model_files(run: Run, folder: Path) -> None:
@@ -94,12 +102,14 @@ def write_model_files(run: Run, folder: Path) -> None:
 
 
 def final_folder(run: Run) -> Path:
-    """Where the result of a run is: `model/`, or `adapter/` where adapters were trained."""
-    return run.output_dir / ("adapter" if run.config.adapters else "model")
+    """`model/`, where the result of a run is, whatever was trained."""
+    from collie_core.models.sources import RESULT
+
+    return run.output_dir / RESULT
 
 
 def export_adapters(run: Run, layout: Layout) -> Path:
-    """`adapter/`: the trained adapters in the layout of their libraries, published whole."""
+    """`model/`: the trained adapters in the layout of their libraries, published whole."""
     from collie_core.models.adapters import save_adapters
 
     tensors = dict(layout.full_tensors(run.added))

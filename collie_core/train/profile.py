@@ -14,7 +14,10 @@ _WARM_UP = 2  # steps before the trace: they compile, allocate and fill caches
 
 
 class StepProfiler:
-    """A callback that profiles `steps` steps after two of warm-up and writes `profile/trace.json`."""
+    """A callback that profiles `steps` steps after two of warm-up.
+
+    It writes `profile/trace.json`, or of several processes one `profile/trace_rank_N.json` each.
+    """
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -28,10 +31,11 @@ class StepProfiler:
         activities = [ProfilerActivity.CPU]
         if run.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        path = run.output_dir / "profile" / "trace.json"
+        name = "trace" if run.world_size == 1 else f"trace_rank_{run.rank}"
+        path = run.output_dir / "profile" / f"{name}.json"
 
         def write(profiler: torch.profiler.profile) -> None:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(path))
             print(f"profile of {self.steps} steps written: {path}", file=sys.stderr)
 

@@ -23,9 +23,28 @@ if TYPE_CHECKING:
     from collie_core.train.signals import StopSignals
 
 
+@dataclass(frozen=True)
+class Stop:
+    """What the processes agreed on: true where the run ends, by a signal or because it was asked to.
+
+    memory: the highest peak memory of any of them, GiB.
+    """
+
+    signal: signal.Signals | None = None
+    asked: bool = False
+    memory: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.signal is not None or self.asked
+
+
 @dataclass
 class Session:
-    """One process's run.  `position` is the reader's state after the last finished step."""
+    """One process's run.
+
+    position: the reader's state after the last finished step.  stop: the last agreement.
+    saved: the step of the newest checkpoint, 0 where there is none.  done: an earlier start did all of it.
+    """
 
     run: Run
     plugins: RunPlugins
@@ -40,7 +59,9 @@ class Session:
     monitors: list[Monitor] = field(default_factory=list)
     position: Any = None
     last_evaluation: dict[str, float] = field(default_factory=dict)
-    _saving: int = 0
+    stop: Stop = field(default_factory=Stop)
+    saved: int = 0
+    done: bool = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line in metrics.jsonl, and to every monitor; the first process's business."""
@@ -49,6 +70,11 @@ class Session:
         self.metrics_file.append({"step": step, **metrics})
         for monitor in list(self.monitors):
             self._tell(monitor, partial(monitor.log, step, metrics))
+
+    def text(self, key: str, value: str) -> None:
+        """A piece of text to every monitor."""
+        for monitor in list(self.monitors):
+            self._tell(monitor, partial(monitor.text, self.run.step, key, value))
 
     def _tell(self, monitor: Monitor, call: Callable[[], None]) -> None:
         """Call a monitor; one that fails is reported once, closed and dropped, and the run goes on."""
@@ -80,9 +106,14 @@ class Session:
         return results
 
     def save(self) -> None:
-        """Write the checkpoint of the current step, in the background where the config says so."""
+        """Write the checkpoint of the current step, in the background where the config says so.
+
+        Nothing where it is there already.
+        """
         from collie_core.train.output import checkpoint_state, write_model_files
 
+        if self.saved == self.run.step:
+            return
         self.settle()
         run, background = self.run, self.run.config.checkpoint.async_save
         self.plugins.broadcast("collie_checkpoint_saving", run=run, step=run.step)
@@ -95,7 +126,7 @@ class Session:
 
         state = checkpoint_state(run, self.position, self.data_fingerprint)
         path = self.checkpoints.save(run.step, write, state, background=background)
-        self._saving = run.step
+        self.saved = run.step
         if not background:
             self._saved(path)
 
@@ -114,22 +145,24 @@ class Session:
                 self._saved(path)
 
     def _saved(self, path: Path) -> None:
-        self.plugins.broadcast("collie_checkpoint_saved", run=self.run, step=self._saving, path=path)
+        self.plugins.broadcast("collie_checkpoint_saved", run=self.run, step=self.saved, path=path)
 
-    def agree(self, signals: StopSignals) -> float:
-        """Let every process know that one was told to stop; returns the highest peak memory of any, GiB."""
+    def agree(self, signals: StopSignals) -> Stop:
+        """Let every process know what one was told; all return the same, which alone decides what is done.
+
+        A signal or a `run.stop` that comes later counts the next time.
+        """
         from collie_core.together import highest
 
         run = self.run
         received = float(signals.received) if signals.received is not None else 0.0
         asked = float(run.stop_reason is not None)
         number, stopped, memory = highest([received, asked, self.peak_memory_gib()], run.control)
-        if number and signals.received is None:
-            signals.received = signal.Signals(int(number))
         if stopped:
             run.stop("another process of the run asked for it")
+        self.stop = Stop(signal.Signals(int(number)) if number else None, bool(stopped), memory)
         self.settle(wait=False)
-        return memory
+        return self.stop
 
     def start(self) -> None:
         """Open the output folder and the monitors; from here on the run writes."""
@@ -142,6 +175,7 @@ class Session:
         write_run_json(run, self.plugins)
         self.metrics_file.truncate_after(run.step)
         self.checkpoints.set_aside_after(run.step)
+        run.show = self.text
         for plugin in self.plugins.of_kind("monitor"):
             try:
                 self.monitors.append(self.plugins.call_one(plugin, "collie_monitor", run=run))
@@ -163,7 +197,19 @@ class Session:
         self.plugins.broadcast("collie_exported", run=run, path=path)
 
     def fail(self, error: BaseException) -> None:
-        """Tell everyone that the run ends by `error`."""
+        """Tell everyone that the run ends by `error`, the other processes first: they may be waiting for us.
+
+        A save in the background is finished before, unless a process is gone that it would wait for.
+        """
+        from collie_core.launch.failure import is_consequence
+        from collie_core.launch.peers import joined
+
+        if isinstance(error, Exception) and not is_consequence(error):
+            with suppress(Exception):
+                self.settle()
+        peers = joined()
+        if peers is not None:
+            peers.fail(error)
         self.plugins.broadcast("collie_run_error", run=self.run, error=error)
         self.close(error)
 

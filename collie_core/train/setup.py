@@ -6,20 +6,19 @@ import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from collie_core.config.checks import check_config, processes, resume_differences
+from collie_core.config.checks import check_config, processes
 from collie_core.config.problems import ConfigProblems, Key
-from collie_core.errors import ConfigError, UserError, nearest
+from collie_core.errors import ConfigError, nearest
 from collie_core.registry import Registry, RunPlugins, SelectedPlugin
 
 if TYPE_CHECKING:
-    from collie_core.checkpoint.manager import Checkpoint, CheckpointManager
+    from collie_core.checkpoint.folder import Checkpoint
     from collie_core.config.schema import CollieConfig, PluginSection
-    from collie_core.data.dataset import TokenizedDataset
-    from collie_core.hookspecs import Layout, ModelProvider
+    from collie_core.hookspecs import Layout
     from collie_core.run import Run
     from collie_core.train.session import Session
     from collie_core.train.trainer import Trainer
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Seconds that a collective may take; processes that died or hang are found much earlier.
 _COLLECTIVE_TIMEOUT_S = 1800.0
+#: The same where processes wait for one that tokenises or downloads: a week.
+_CONTROL_TIMEOUT_S = 7 * 86_400.0
 
 
 def sections(config: CollieConfig) -> Iterator[tuple[str, Key, PluginSection]]:
@@ -48,8 +49,10 @@ def select_plugins(config: CollieConfig, plugins: RunPlugins) -> None:
             plugins.add(kind, section.name, section.options)
         except ConfigProblems as found:
             raise config.problems(found.below(path)) from None
+    from collie_core.ops import select_ops
     from collie_core.train.evaluation import EVALUATORS
 
+    select_ops(config.ops.attention, config.ops.cross_entropy)  # knows their names
     for index, evaluator in enumerate(config.evaluate.evaluators):
         if evaluator.name not in EVALUATORS:
             message = f"unknown evaluator {evaluator.name!r}{nearest(evaluator.name, EVALUATORS)}"
@@ -81,91 +84,71 @@ def refuse(problems: list[str]) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def finished(session: Session) -> bool:
-    """True where a resumed run had already done its last step and exported its model."""
-    from collie_core.train.output import final_folder
-
-    run = session.run
-    return run.step >= run.total_steps and final_folder(run).is_dir()
-
-
 @contextmanager
 def open_training(trainer: Trainer) -> Iterator[Session]:
-    """A session ready to train, the output folder locked; closed again at the end."""
+    """A session ready to train, the output folder locked; closed again at the end.
+
+    One that has nothing left to do (`session.done`) is opened without the model.
+    """
     from collie_core.checkpoint.manager import CheckpointManager
     from collie_core.checkpoint.rng import restore_rng
-    from collie_core.data.build import build_reader
-    from collie_core.files import OutputLock
-    from collie_core.layouts.grid import data_rank
     from collie_core.monitors.metrics_file import MetricsFile
     from collie_core.together import from_first
+    from collie_core.train.data import open_dataset, open_evaluators, open_reader, required_dataset
+    from collie_core.train.model import open_model, without_adapters
+    from collie_core.train.resume import (
+        checkpoint_to_resume,
+        is_finished,
+        lock_existing,
+        lock_new,
+        same_data,
+        settled,
+    )
     from collie_core.train.session import Session
 
     config = trainer.config
     with ExitStack() as stack:
         run, plugins = _new_run(trainer, stack)
-        folder = run.output_dir
-
-        def lock_existing() -> bool:
-            """Hold the folder of an earlier run; a new one is made when all else is known to be well."""
-            if not folder.is_dir() or not any(folder.iterdir()):
-                return False
-            _must_be_a_run(folder)
-            stack.enter_context(OutputLock(folder))
-            return True
-
-        def lock_new() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(OutputLock(folder))
-
-        exists = from_first(lock_existing, run.control)
-        checkpoints = CheckpointManager(
-            folder, keep=config.checkpoint.keep, verify=config.checkpoint.verify, group=_own_group(run)
-        )
-        checkpoint = _checkpoint_to_resume(run, checkpoints)
-        provider = _open_model(trainer, run, plugins)
-        _without_adapters(run)
+        exists = from_first(lambda: lock_existing(run, stack), run.control)
+        section = config.checkpoint
+        checkpoints = CheckpointManager(run.output_dir, section.keep, section.verify, _own_group(run))
+        checkpoint = checkpoint_to_resume(run, checkpoints)
+        run.resolved.update(settled(run, checkpoint))
+        provider = open_model(trainer, run, plugins, stack, checkpoint)
+        without_adapters(run)
         refuse(plugins.check(run))
         run.virtual_tokens = _virtual_tokens(plugins.of_kind("adapter"))
-        train_data = _dataset(trainer, run, provider, "train", stack)
-        eval_data = _dataset(trainer, run, provider, "eval", stack)
-        if train_data is None:
-            raise config.problems(
-                ConfigProblems([(("data", "train"), "is required to train: a file or folder of records")])
-            )
+        train_data = required_dataset(trainer, run, provider, "train")
+        if checkpoint is not None:
+            same_data(config, checkpoint, train_data)
+        eval_data = open_dataset(trainer, run, provider, "eval")
         layout = _open_layout(run, plugins, stack)
-        reader = build_reader(
-            train_data,
-            config,
-            dp_rank=data_rank(config, run.rank),
-            pad_token_id=run.pad_token_id,
-            count_micro_batches=layout.count_micro_batches if config.pp_size > 1 else None,
-        )
-        run.total_steps = reader.total_steps(config.train.epochs)
-        if config.train.max_steps is not None:
-            run.total_steps = min(run.total_steps, config.train.max_steps)
-        base_lr = _prepare(run, plugins, provider, layout, checkpoint)
+        reader = open_reader(run, train_data, layout)
         session = Session(
             run=run,
             plugins=plugins,
             provider=provider,
             layout=layout,
             reader=reader,
-            evaluators=_evaluators(run, eval_data),
-            base_lr=base_lr,
+            evaluators=open_evaluators(run, eval_data),
+            base_lr=_base_lr(run, plugins),
             checkpoints=checkpoints,
             data_fingerprint=train_data.fingerprint,
-            metrics_file=MetricsFile(folder / "metrics.jsonl"),
+            metrics_file=MetricsFile(run.output_dir / "metrics.jsonl"),
+            position=reader.state(),
+            saved=run.step,
+            done=from_first(lambda: is_finished(run, checkpoint), run.control),
         )
-        if checkpoint is not None:
-            state = checkpoint.state()
-            _same_data(config, state["data"], train_data)
-            reader.restore(state["position"])
-            session.position = state["position"]
-            if len(state["rng"]) == run.world_size:
+        if not session.done:
+            state = {} if checkpoint is None else checkpoint.state()
+            if checkpoint is not None:
+                reader.restore(state["position"])
+                session.position = state["position"]
+            _prepare(session, checkpoint)
+            if len(state.get("rng", ())) == run.world_size:
                 restore_rng(state["rng"][run.rank])
         if not exists:
-            from_first(lock_new, run.control)
+            from_first(lambda: lock_new(run, stack), run.control)
         yield session
 
 
@@ -173,24 +156,21 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
 def open_evaluation(trainer: Trainer) -> Iterator[Callable[[], dict[str, float]]]:
     """A function that runs every evaluator; nothing is written."""
     from collie_core.models.adapters import select_adapters
+    from collie_core.train.data import open_evaluators, required_dataset
+    from collie_core.train.model import open_model
 
-    config = trainer.config
     with ExitStack() as stack:
         run, plugins = _new_run(trainer, stack)
-        provider = _open_model(trainer, run, plugins)
+        provider = open_model(trainer, run, plugins, stack)
         assert run.source is not None
         selected = select_adapters(run.source.adapters, plugins)  # not those that the config would train
         refuse(plugins.check(run))
         run.virtual_tokens = _virtual_tokens(selected)
-        data = _dataset(trainer, run, provider, "eval", stack)
-        if data is None:
-            raise config.problems(
-                ConfigProblems([(("data", "eval"), "is required to evaluate: a file or folder of records")])
-            )
+        data = required_dataset(trainer, run, provider, "eval")
         layout = _open_layout(run, plugins, stack)
         adapters = [plugins.call_one(plugin, "collie_adapter", run=run) for plugin in selected]
         layout.prepare(provider, adapters, None)
-        evaluators = _evaluators(run, data)
+        evaluators = open_evaluators(run, data)
 
         def evaluate() -> dict[str, float]:
             return {
@@ -242,7 +222,8 @@ def _new_run(trainer: Trainer, stack: ExitStack) -> tuple[Run, RunPlugins]:
             open_process_group(world, device, _COLLECTIVE_TIMEOUT_S)
             atexit.register(close_process_group)
         stack.push(lambda kind, error, trace: close_process_group() if error is not None else None)
-        run.control = torch.distributed.new_group(backend="gloo")
+        patience = timedelta(seconds=_CONTROL_TIMEOUT_S)
+        run.control = torch.distributed.new_group(backend="gloo", timeout=patience)
     torch.manual_seed(config.seed + data_rank(config, run.rank))
     return run, plugins
 
@@ -251,83 +232,8 @@ def _own_group(run: Run) -> Any:
     """A group for checkpoints alone, so that saves in the background never cross other messages."""
     import torch.distributed as dist
 
-    return None if run.control is None else dist.new_group(backend="gloo")
-
-
-def _open_model(trainer: Trainer, run: Run, plugins: RunPlugins) -> ModelProvider:
-    """Find the checkpoint and its provider; read its config and tokenizer."""
-    from collie_core.models.provider import select_provider
-
-    section = run.config.model
-    origin = getattr(trainer.model, "origin", None)
-    without_weights = trainer.model is not None and next(trainer.model.parameters()).is_meta
-    given = origin.path if origin is not None and without_weights else None
-    selected = select_provider(
-        given or section.path, provider=section.provider, revision=section.revision, plugins=plugins, run=run
-    )
-    run.source = selected
-    run.tokenizer = trainer.tokenizer or selected.provider.tokenizer(selected.path)
-    return selected.provider
-
-
-def _dataset(
-    trainer: Trainer,
-    run: Run,
-    provider: ModelProvider,
-    split: Literal["train", "eval"],
-    stack: ExitStack,
-) -> TokenizedDataset | None:
-    """The tokenised records of a split, or None where the config has none.
-
-    On each machine one process reads and tokenises them; the others map its arrays.
-    """
-    from collie_core.data.build import build_dataset
-    from collie_core.data.dataset import TokenizedDataset
-    from collie_core.together import from_first_on_node
-
-    given = trainer.train_dataset if split == "train" else trainer.eval_dataset
-    source: Any = given if given is not None else getattr(run.config.data, split)
-    if source is None:
-        return None
-
-    def build() -> TokenizedDataset:
-        return build_dataset(
-            source,
-            run.tokenizer,
-            run.config.data,
-            split=split,
-            provider_template=provider.template,
-            virtual_tokens=run.virtual_tokens,
-            progress=run.first,
-        )
-
-    if run.world_size == 1:
-        return build()
-
-    def build_for_all() -> Path:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="collie-data-")))
-        build().save(folder)
-        return folder
-
-    return TokenizedDataset.open(from_first_on_node(build_for_all, run.control))
-
-
-def _evaluators(run: Run, data: TokenizedDataset | None) -> dict[str, Any]:
-    from collie_core.data.reader import EvaluationBatches
-    from collie_core.layouts.grid import data_rank
-    from collie_core.train.evaluation import make_evaluators
-
-    if data is None:
-        return {}
-    rows = run.config.evaluate.micro_batch_size or run.config.train.micro_batch_size
-    batches = EvaluationBatches(
-        data,
-        micro_batch_size=rows,
-        dp_rank=data_rank(run.config, run.rank),
-        dp_size=run.config.dp_size,
-        pad_token_id=run.pad_token_id,
-    )
-    return make_evaluators(run.config, batches)
+    patience = timedelta(seconds=_CONTROL_TIMEOUT_S)
+    return None if run.control is None else dist.new_group(backend="gloo", timeout=patience)
 
 
 def _open_layout(run: Run, plugins: RunPlugins, stack: ExitStack) -> Layout:
@@ -337,15 +243,14 @@ def _open_layout(run: Run, plugins: RunPlugins, stack: ExitStack) -> Layout:
     return layout
 
 
-def _prepare(
-    run: Run, plugins: RunPlugins, provider: ModelProvider, layout: Layout, checkpoint: Checkpoint | None
-) -> float:
-    """Give the layout its model and optimizer; returns the base learning rate."""
+def _prepare(session: Session, checkpoint: Checkpoint | None) -> None:
+    """Give the layout its model and optimizer, and what the checkpoint holds of both."""
+    run, plugins, layout = session.run, session.plugins, session.layout
     optimizer_plugin = plugins.of_kind("optimizer")[0]
-    base_lr = run.resolved["optimizer.lr"] = _base_lr(run, plugins)
+    run.resolved["optimizer.lr"] = session.base_lr
     adapters = [plugins.call_one(plugin, "collie_adapter", run=run) for plugin in plugins.of_kind("adapter")]
     layout.prepare(
-        provider,
+        session.provider,
         adapters,
         lambda model: plugins.call_one(
             optimizer_plugin, "collie_optimizer", model=model, layout=layout, run=run
@@ -354,7 +259,6 @@ def _prepare(
     if checkpoint is not None:
         layout.load(checkpoint.path)
     plugins.broadcast("collie_model_loaded", run=run, model=layout.model)
-    return base_lr
 
 
 def _base_lr(run: Run, plugins: RunPlugins) -> float:
@@ -372,59 +276,3 @@ def _base_lr(run: Run, plugins: RunPlugins) -> float:
 def _virtual_tokens(adapters: list[SelectedPlugin]) -> int:
     """What the adapters put before every record."""
     return sum(getattr(adapter.instance, "virtual_tokens", 0) for adapter in adapters)
-
-
-def _without_adapters(run: Run) -> None:
-    """Refuse to train on top of adapters that are not merged."""
-    assert run.source is not None
-    if run.source.adapters or getattr(run.model, "adapters", None):
-        message = (
-            "has adapters: name its base model here and the adapter in adapters ({name: ..., path: folder}), "
-            "or merge it first (collie export --merge, model.merge_adapters())"
-        )
-        raise run.config.problems(ConfigProblems([(("model", "path"), message)]))
-
-
-def _same_data(config: CollieConfig, saved: str, data: TokenizedDataset) -> None:
-    """Refuse to go on with other records: the position in the data would mean nothing."""
-    if saved != data.fingerprint:
-        message = "its records or their tokens have changed since the checkpoint; use another output_dir"
-        raise config.problems(ConfigProblems([(("data", "train"), message)]))
-
-
-def _must_be_a_run(folder: Path) -> None:
-    if not (folder / ".lock").exists() and not (folder / "run.json").exists():
-        raise UserError(f"output_dir {folder}: is not empty and no run's folder; choose another one")
-
-
-def _checkpoint_to_resume(run: Run, checkpoints: CheckpointManager) -> Checkpoint | None:
-    """The checkpoint that `checkpoint.resume` asks for; the run then stands at its step.
-
-    The first process looks and verifies for all.
-    """
-    from collie_core.together import from_first
-
-    found = from_first(lambda: _find_checkpoint(run, checkpoints), run.control)
-    if found is None:
-        return None
-    state = found.state()
-    run.step = state["step"]
-    run.resolved.update(state["resolved"])
-    return found
-
-
-def _find_checkpoint(run: Run, checkpoints: CheckpointManager) -> Checkpoint | None:
-    config, mode = run.config, run.config.checkpoint.resume
-    if mode == "never":
-        if run.output_dir.is_dir() and any(run.output_dir.iterdir()):
-            message = (
-                f"never, but output_dir {run.output_dir} is not empty; choose another one, or resume: auto"
-            )
-            raise config.problems(ConfigProblems([(("checkpoint", "resume"), message)]))
-        return None
-    found = checkpoints.latest() if mode == "auto" else checkpoints.open(Path(mode))
-    if found is not None:
-        differences = resume_differences(found.state()["config"], config)
-        if differences:
-            raise config.problems(ConfigProblems(differences))
-    return found

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 
 class StopSignals:
-    """Within `with`, `received` is the first SIGTERM or SIGINT; a second SIGINT interrupts at once."""
+    """Within `with`, `received` is the first SIGTERM or SIGINT.
 
-    def __init__(self) -> None:
+    A SIGINT interrupts at once where it is the second one, or where `graceful` is false: outside the training
+    loop there is no step to finish.  say: print a line when the first one comes.
+    """
+
+    def __init__(self, graceful: bool = True, say: bool = False) -> None:
         self.received: signal.Signals | None = None
+        self.graceful = graceful
+        self._say = say
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -27,6 +35,11 @@ class StopSignals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        first, self.received = self.received is None, self.received or signal.Signals(number)
+        interrupts = number == signal.SIGINT and not (first and self.graceful)
+        if first and self._say:
+            how = "ends now" if interrupts else "ends after the step, when it is saved"
+            with suppress(RuntimeError):  # it may come while the main thread is printing
+                print(f"{signal.Signals(number).name}: the run {how}", file=sys.stderr, flush=True)
+        if interrupts:
             raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number)

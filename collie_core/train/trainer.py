@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from collie_core.errors import CollieError, OutOfMemory, RunFailed
+from collie_core.launch.failure import plainly, translated
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,62 +66,57 @@ class Trainer:
         Raises a UserError before anything is written where the config, data, checkpoint or a plugin cannot be
         used; RunFailed or OutOfMemory where the run could not go on.  SIGTERM and SIGINT end it well.
         """
+        from collie_core.launch.world import current_world
         from collie_core.train.loop import train_loop
-        from collie_core.train.setup import finished, open_training
+        from collie_core.train.setup import open_training
         from collie_core.train.signals import StopSignals
 
-        with StopSignals() as signals, open_training(self) as session:
-            if finished(session):
+        signals = StopSignals(graceful=False, say=current_world().rank == 0)
+        with plainly(_TRAINING_ADVICE), signals, open_training(self) as session:
+            if session.done:
                 session.note(f"{session.run.output_dir} has already done its {session.run.step} steps")
-                return self._result(session, signals)
+                return self._result(session)
             try:
+                signals.graceful = True
                 session.start()
                 train_loop(session, signals)
                 session.settle()
-                if signals.received is None:
+                signals.graceful = False
+                if session.agree(signals).signal is None:
                     session.finish()
                 session.close(None)
             except BaseException as error:
-                failure = as_collie_error(error)
+                failure = translated(error, _TRAINING_ADVICE)
                 session.fail(failure)
                 if failure is error:
                     raise
                 raise failure from error
-            return self._result(session, signals)
+            return self._result(session)
 
     def evaluate(self) -> dict[str, float]:
         """Every evaluator on the evaluation data; trains and writes nothing."""
         from collie_core.train.setup import open_evaluation
 
-        with open_evaluation(self) as evaluation:
+        with plainly(_EVALUATION_ADVICE), open_evaluation(self) as evaluation:
             return evaluation()
 
-    def _result(self, session: Session, signals: Any) -> TrainResult:
+    def _result(self, session: Session) -> TrainResult:
         from collie_core.train.output import final_folder
 
-        run, model = session.run, final_folder(session.run)
+        run, stop, model = session.run, session.stop, final_folder(session.run)
         return TrainResult(
             run.step,
             session.last_evaluation,
             run.output_dir,
             model if model.is_dir() else None,
-            run.stop_reason,
-            signals.received,
+            run.stop_reason if stop.asked else None,
+            stop.signal,
         )
 
 
-def as_collie_error(error: BaseException) -> BaseException:
-    """Memory and disk errors as errors for the user; everything else as it is."""
-    import torch
-
-    if isinstance(error, CollieError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        first = str(error).splitlines()[0] if str(error) else "allocation failed"
-        return OutOfMemory(
-            f"out of memory: {first}. Lower train.micro_batch_size or data.max_length, or set "
-            "train.activation_checkpointing: full"
-        )
-    if isinstance(error, OSError):
-        return RunFailed(f"{error.filename or 'a file'}: {error.strerror or error}")
-    return error
+_TRAINING_ADVICE = (
+    "Lower train.micro_batch_size and raise train.gradient_accumulation_steps in step, or set "
+    "train.activation_checkpointing: full; a run that has begun goes on so. A lower data.max_length needs "
+    "another output_dir"
+)
+_EVALUATION_ADVICE = "Lower evaluate.micro_batch_size"

@@ -70,10 +70,19 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         ("data: {train: [{path: a, wieght: 2}]}\n", "did you mean 'weight'"),
         ("data: [\n", "not valid YAML"),
         ("- a\n- b\n", "not valid YAML"),
+        ("optimizer: {name: sgd, lr: .inf}\n", "optimizer.lr: expected a number > 0"),
+        ("optimizer: {name: sgd, weight_decay: .nan}\n", "optimizer.weight_decay: expected a number >= 0"),
+        ("seed: 9223372036854775808\n", "seed: expected a whole number >= 0"),
+        ("plugins: &all\n  - *all\n", "train.yaml:2: plugins.0: an alias of what it stands in"),
     ],
 )
 def test_wrong_values_are_told(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in failure(tmp_path, MINIMAL + text)
+
+
+def test_bad_syntax_in_an_override_names_it(tmp_path: Path) -> None:
+    message = failure(tmp_path, MINIMAL, "data.train=[a, b")
+    assert message.startswith("override 'data.train=[a, b'") and "not valid YAML" in message
 
 
 def test_missing_file_names_the_nearest(tmp_path: Path) -> None:

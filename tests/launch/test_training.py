@@ -31,12 +31,29 @@ class SlowSave:
         if run.rank == 0:
             print("saving", flush=True)
             time.sleep(self.seconds)
+
+class StopOnOne:
+    collie_api = 1
+    @dataclass(frozen=True)
+    class Options:
+        event: str
+        rank: int = 1
+    def __init__(self, options): self.options = options
+    def _at(self, run, event, step):
+        if run.rank == self.options.rank and event == self.options.event and step == 4:
+            run.stop("one process asked for it")
+    @hookimpl
+    def collie_step_end(self, run, step): self._at(run, "step_end", step)
+    @hookimpl
+    def collie_evaluate_end(self, run, step): self._at(run, "evaluate_end", step)
+    @hookimpl
+    def collie_checkpoint_saved(self, run, step): self._at(run, "checkpoint_saved", step)
 """
 
 
 @pytest.fixture
 def folder(tiny_llama: Path, data_file: Path, tmp_path: Path) -> Path:
-    """A folder with `run.yaml`, a run of 40 steps, and the plugin `slow_save`."""
+    """A folder with `run.yaml`, a run of 40 steps, and the plugins `slow_save` and `stop_on_one`."""
     mapping = config(
         tiny_llama,
         data_file,
@@ -49,7 +66,9 @@ def folder(tiny_llama: Path, data_file: Path, tmp_path: Path) -> Path:
     metadata = tmp_path / "slow_save-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: slow-save\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[collie.plugins]\nslow_save = slow_save:SlowSave\n")
+    (metadata / "entry_points.txt").write_text(
+        "[collie.plugins]\nslow_save = slow_save:SlowSave\nstop_on_one = slow_save:StopOnOne\n"
+    )
     return tmp_path
 
 
@@ -133,3 +152,20 @@ def test_a_mistake_that_the_processes_find_is_told_once(folder: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and err.count("'nothing' matches no parameter") == 1
     assert err.count("error:") == 1
+
+
+@pytest.mark.parametrize(
+    ("event", "rank", "last"), [("step_end", 1, 4), ("evaluate_end", 1, 4), ("checkpoint_saved", 0, 5)]
+)
+def test_a_stop_asked_on_one_process_ends_all_with_a_checkpoint(
+    folder: Path, event: str, rank: int, last: int
+) -> None:
+    data = yaml.safe_load((folder / "run.yaml").read_text())["data"]["train"][0]["path"]
+    overrides = [f"data.eval={data}", "evaluate.every_steps=4", "checkpoint.every_steps=4"]
+    stopper = f"plugins=[{{name: stop_on_one, event: {event}, rank: {rank}}}]"
+    process = start(folder, "dp_size=2", *overrides, stopper, "--json")
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["step"] == last == steps(folder / "out")
+    assert (folder / "out" / "checkpoints" / f"step_{last:06}").is_dir()
+    assert (folder / "out" / "model" / "config.json").is_file()

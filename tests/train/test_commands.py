@@ -302,9 +302,8 @@ def test_events_come_in_order_and_may_stop_the_run(tiny_llama: Path, data_file: 
         "epoch_end 0",
         "epoch_start 1",
         *("step_start 3", "backward_end 3", "step_end 3"),
-        *("evaluate_start", "evaluate_end"),
         *("checkpoint_saving 3", "checkpoint_saved 3"),
-        "epoch_end 1",
+        *("evaluate_start", "evaluate_end"),
         "exported",
         "run_end",
     ]

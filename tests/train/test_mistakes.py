@@ -231,7 +231,8 @@ def test_a_non_finite_loss_names_the_records(
     assert status == 1
     assert "not finite" in err and "train.jsonl:" in err and "on_nan: skip" in err
     assert "Traceback" not in err
-    shutil.rmtree(tmp_path / "out")
+    # the step left the weights as they were, so what was before it is there to go on from
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step_000001"]
     status, err = train(f"optimizer.name={optimizer}", "optimizer.lr=1e30", "train.on_nan=skip")
     assert status == 0 and "the step was skipped" in err
 
@@ -278,3 +279,31 @@ def test_a_failing_allocation_ends_with_status_3(
     with pytest.raises(OutOfMemory, match="micro_batch_size") as caught:
         Trainer(config(tiny_llama, data_file, tmp_path / "out"), loss_fn=greedy).train()
     assert caught.value.exit_status == 3
+
+
+def test_memory_that_ends_outside_the_loop_ends_with_status_3_too(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    code = (
+        "import resource, sys, torch, transformers\n"
+        "from collie_core.cli.main import main\n"
+        "import collie_core.models.auto, collie_core.models.generation\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, resource.RLIM_INFINITY))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    assert limit[1] == resource.RLIM_INFINITY
+    big = tmp_path / "big"
+    shutil.copytree(tiny_llama, big)
+    content = json.loads((big / "config.json").read_text())
+    (big / "config.json").write_text(json.dumps({**content, "vocab_size": 3_000_000}))
+    tensors = load_file(big / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.zeros(3_000_000, 32)
+    save_file(tensors, big / "model.safetensors")
+    arguments = ["generate", str(big), "--prompt", "a", "--dtype", "bfloat16"]
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.startswith("error: out of memory: ") and "Traceback" not in done.stderr

@@ -47,8 +47,7 @@ def losses(out: Path) -> list[float]:
 def weights(out: Path) -> dict[str, Tensor]:
     """The exported weights, of the model or the adapter."""
     found: dict[str, Tensor] = {}
-    folder = out / ("model" if (out / "model").is_dir() else "adapter")
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted((out / "model").rglob("*.safetensors")):
         found |= load_file(path)
     return found
 

@@ -1,0 +1,98 @@
+"""The model of a run and its provider: from the config, the user's own object, or the run's checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from collie_core.config.problems import ConfigProblems
+from collie_core.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+
+    from collie_core.checkpoint.folder import Checkpoint
+    from collie_core.hookspecs import ModelProvider
+    from collie_core.models.provider import SelectedProvider
+    from collie_core.registry import RunPlugins
+    from collie_core.run import Run
+    from collie_core.train.trainer import Trainer
+
+
+def open_model(
+    trainer: Trainer, run: Run, plugins: RunPlugins, stack: ExitStack, checkpoint: Checkpoint | None = None
+) -> ModelProvider:
+    """Find the model and its provider; read its config and tokenizer.
+
+    checkpoint: of this run.  Unless it has adapters alone, the weights come from there, and the model that
+    the run began with may be gone.
+    """
+    from collie_core.models.provider import select_provider
+    from collie_core.models.sources import locate
+    from collie_core.together import from_first_on_node
+
+    section = run.config.model
+    origin = getattr(trainer.model, "origin", None)
+    given = trainer.model is not None and not next(trainer.model.parameters()).is_meta
+    path = origin.path if origin is not None and not given and origin.path else section.path
+
+    def select(path: str | Path, provider: str | None, weights: bool) -> SelectedProvider:
+        """One process of each machine downloads or verifies for all."""
+        source = from_first_on_node(lambda: locate(path, section.revision, weights), run.control)
+        return select_provider(path, provider, plugins=plugins, run=run, source=source)
+
+    if checkpoint is None or run.config.adapters or given:
+        selected = select(path, section.provider, weights=not given)
+    else:
+        provider = section.provider or checkpoint.state().get("provider")
+        try:
+            selected = select(path, provider, weights=False)
+        except CheckpointError:  # a copy, as the checkpoint is deleted in time
+            copy = Path(stack.enter_context(TemporaryDirectory(prefix="collie-model-")))
+            shutil.copytree(checkpoint.path / "model_files", copy, dirs_exist_ok=True)
+            selected = select_provider(copy, provider, plugins=plugins, run=run, weights=False)
+        selected = replace(selected, checkpoint=checkpoint.path)
+    if given and origin is not None:
+        selected = replace(
+            selected, provider=origin.provider, config=origin.config, hf_config=origin.hf_config
+        )
+    run.source = selected
+    if given:
+        _same_shapes(trainer, run)
+    run.tokenizer = trainer.tokenizer or selected.provider.tokenizer(selected.path)
+    return selected.provider
+
+
+def _same_shapes(trainer: Trainer, run: Run) -> None:
+    """Refuse a model object that could be trained but not be written as its config says."""
+    import torch
+
+    from collie_core.models.loading import Slots
+    from collie_core.ops import select_ops
+
+    assert trainer.model is not None and run.source is not None
+    with torch.device("meta"):
+        described = Slots(run.source.provider.build(run.source.config, select_ops())).tensors
+    given = Slots(trainer.model).tensors
+    added = getattr(trainer.model, "adapters", {})
+    for name in sorted((described.keys() | given.keys()) - set(added)):
+        shapes = [list(of[name].shape) if name in of else None for of in (described, given)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"Trainer(model=...): {name} is {shapes[1] or 'absent'}, but the config of {run.source.path} "
+                f"asks for {shapes[0] or 'no such parameter'}"
+            )
+
+
+def without_adapters(run: Run) -> None:
+    """Refuse to train on top of adapters that are not merged."""
+    assert run.source is not None
+    if run.source.adapters or getattr(run.model, "adapters", None):
+        message = (
+            "has adapters: name its base model here and the adapter in adapters ({name: ..., path: folder}), "
+            "or merge it first (collie export --merge, model.merge_adapters())"
+        )
+        raise run.config.problems(ConfigProblems([(("model", "path"), message)]))

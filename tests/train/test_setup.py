@@ -1,0 +1,192 @@
+"""From a config to a run: resized models, where a run goes on from, what is refused early."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_helpers import config, largest_difference, losses, weights
+
+from collie_core import AutoModelForCausalLM, Trainer
+from collie_core.checkpoint.folder import read_state
+from collie_core.cli.main import main
+from collie_core.errors import ConfigError, UserError
+from collie_core.plugin import Run, hookimpl
+from collie_core.train.setup import open_training
+
+
+def test_a_resized_model_is_trained_and_written(tiny_llama: Path, data_file: Path, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.resize_token_embeddings(331)
+    cfg = config(tiny_llama, data_file, tmp_path / "out", train={"max_steps": 2})
+    result = Trainer(cfg, model=model).train()
+    assert result.model is not None
+    assert json.loads((result.model / "config.json").read_text())["vocab_size"] == 331
+    stock = LlamaForCausalLM.from_pretrained(result.model, dtype=torch.float32)
+    assert stock.lm_head.weight.shape[0] == 331
+    checkpoint = tmp_path / "out" / "checkpoints" / "step_000002"
+    assert main(["export", str(checkpoint), str(tmp_path / "exported" / "model")]) == 0
+    assert largest_difference(weights(tmp_path / "exported"), weights(tmp_path / "out")) == 0.0
+
+
+def test_a_model_that_could_not_be_written_is_refused_before_it_is_trained(
+    tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    name, parameter = next((n, p) for n, p in model.named_parameters() if p.ndim == 2)
+    owner, _, leaf = name.rpartition(".")
+    cut = torch.nn.Parameter(parameter.detach()[:-1].clone())
+    setattr(model.get_submodule(owner), leaf, cut)
+    with pytest.raises(ConfigError, match=f"{name} is .*, but the config of"):
+        Trainer(config(tiny_llama, data_file, tmp_path / "out"), model=model).train()
+    assert not (tmp_path / "out").exists()
+
+
+class StopAt:
+    """Ends the run after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    @hookimpl
+    def collie_step_end(self, run: Run, step: int) -> None:
+        if step == self.step:
+            run.stop("the test asked for it")
+
+
+def test_a_checkpoint_of_another_run_is_where_a_run_begins_and_not_where_it_goes_on(
+    tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    Trainer(config(tiny_llama, data_file, tmp_path / "one"), callbacks=[StopAt(3)]).train()
+    first = tmp_path / "one" / "checkpoints" / "step_000003"
+    cfg = config(tiny_llama, data_file, tmp_path / "two", checkpoint={"resume": str(first)})
+    assert Trainer(cfg, callbacks=[StopAt(6)]).train().step == 6
+    with open_training(Trainer(cfg)) as session:
+        assert session.run.step == 6
+    # a checkpoint of its own is what was asked for, each time
+    Trainer(cfg, callbacks=[StopAt(8)]).train()
+    own = tmp_path / "two" / "checkpoints" / "step_000006"
+    with open_training(
+        Trainer(config(tiny_llama, data_file, tmp_path / "two", checkpoint={"resume": str(own)}))
+    ) as session:
+        assert session.run.step == 6
+
+
+def test_a_run_goes_on_when_the_model_that_it_began_with_is_gone(
+    tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    Trainer(config(tiny_llama, data_file, tmp_path / "whole")).train()
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    cfg = config(base, data_file, tmp_path / "out", checkpoint={"every_steps": 2, "keep": 1})
+    Trainer(cfg, callbacks=[StopAt(4)]).train()
+    shutil.rmtree(base)
+    Trainer(cfg).train()
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    assert largest_difference(weights(tmp_path / "out"), weights(tmp_path / "whole")) == 0.0
+    names = {path.name for path in (tmp_path / "whole" / "model").iterdir()}
+    assert {path.name for path in (tmp_path / "out" / "model").iterdir()} == names
+
+
+def test_what_a_finished_run_has_done_is_told_without_its_model(
+    tiny_llama: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config(tiny_llama, data_file, tmp_path / "out", train={"max_steps": 2})
+    Trainer(cfg).train()
+    (tmp_path / "out" / "checkpoints" / "step_000002" / "state.json").touch()
+    with open_training(Trainer(cfg)) as session:
+        assert session.done and not hasattr(session.layout, "model")
+    result = Trainer(cfg).train()
+    assert result.step == 2 and result.model == tmp_path / "out" / "model"
+    assert "has already done its 2 steps" in capsys.readouterr().err
+
+
+def test_changed_recomputation_counts_on_resume(tiny_llama: Path, data_file: Path, tmp_path: Path) -> None:
+    def resolved(**train: Any) -> Any:
+        cfg = config(tiny_llama, data_file, tmp_path / "out", train=train, checkpoint={"every_steps": 1})
+        with open_training(Trainer(cfg)) as session:
+            return session.run.resolved["activation_checkpointing"]
+
+    cfg = config(tiny_llama, data_file, tmp_path / "out")
+    Trainer(cfg, callbacks=[StopAt(1)]).train()
+    state = read_state(tmp_path / "out" / "checkpoints" / "step_000001")
+    assert state["resolved"]["activation_checkpointing"] == "none"
+    assert resolved(activation_checkpointing="full") == "full"
+    assert resolved(activation_checkpointing=1) == 1
+    assert resolved() == "none"
+
+
+class Wait:
+    """Holds a run where its output folder was found to be new and is not made yet."""
+
+    def __init__(self, turn: Any) -> None:
+        self.turn = turn
+
+    @hookimpl
+    def collie_check(self) -> list[str]:
+        self.turn.wait()
+        return []
+
+
+def begin(model: Path, data: Path, out: Path, turn: Any, told: Any) -> None:
+    """Open a run when the other one has come as far; say how that went."""
+    try:
+        with open_training(Trainer(config(model, data, out), callbacks=[Wait(turn)])) as session:
+            session.start()
+            told.put("begun")
+    except UserError as error:
+        told.put(str(error))
+
+
+def test_of_two_runs_begun_together_in_a_new_folder_one_is_refused(
+    tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("fork")
+    turn, told = context.Barrier(2), context.Queue()
+    arguments = (tiny_llama, data_file, tmp_path / "out", turn, told)
+    both = [context.Process(target=begin, args=arguments) for _ in range(2)]
+    for process in both:
+        process.start()
+    answers = [told.get(timeout=60) for _ in both]
+    for process in both:
+        process.join()
+    assert answers.count("begun") == 1
+    other = next(answer for answer in answers if answer != "begun")
+    assert "another run has begun here" in other or "is in use by a run" in other
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_made_is_refused(tiny_llama: Path, data_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="nothing can be written into"):
+        Trainer(config(tiny_llama, data_file, tmp_path / "closed" / "out")).train()
+
+
+def test_a_file_in_the_place_of_the_output_folder_is_refused(
+    tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(UserError, match=r"output_dir .*: .*file is a file"):
+            Trainer(config(tiny_llama, data_file, out)).train()
+
+
+def test_texts_of_plugins_reach_the_monitors(
+    tiny_llama: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Teller:
+        @hookimpl
+        def collie_step_end(self, run: Run, step: int) -> None:
+            if step == 2:
+                run.text("sample", "what the model wrote")
+
+    cfg = config(tiny_llama, data_file, tmp_path / "out", monitors=["console"], train={"max_steps": 2})
+    Trainer(cfg, callbacks=[Teller()]).train()
+    assert "step 2  sample:\nwhat the model wrote" in capsys.readouterr().err
