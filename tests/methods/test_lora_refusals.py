@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_runs import lora_config
+from adapter_runs import adapter_of, lora_config
 from safetensors.torch import load_file, save_file
 from training_helpers import config
 
@@ -54,7 +54,7 @@ def test_a_config(
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, data: Path) -> Path:
     out = tmp_path_factory.mktemp("adapter") / "run"
-    return Trainer(lora_config(tiny_llama, data, out, train={"max_steps": 1})).train().model or out
+    return adapter_of(Trainer(lora_config(tiny_llama, data, out, train={"max_steps": 1})).train())
 
 
 @pytest.fixture

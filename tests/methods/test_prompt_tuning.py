@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_runs import IDS, lora_config, own_logits, peft_logits, peft_model
+from adapter_runs import IDS, adapter_of, lora_config, own_logits, peft_logits, peft_model
 from safetensors.torch import load_file
 from training_helpers import config, losses
 
@@ -37,10 +37,10 @@ def test_peft_gives_the_logits_of_the_trained_adapter(
 ) -> None:
     result = run(kind, tiny_llama, data_file, tmp_path / "run")
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
-    ours = own_logits(result.model)
+    ours = own_logits(adapter_of(result))
     assert ours.shape == (1, IDS.shape[1], 320)
     assert float((ours - own_logits(tiny_llama)).abs().max()) > 1e-3
-    theirs = peft_logits(tiny_llama, result.model)[:, -IDS.shape[1] :]
+    theirs = peft_logits(tiny_llama, adapter_of(result))[:, -IDS.shape[1] :]
     assert float((ours - theirs).abs().max()) < 2e-5
 
 
@@ -49,9 +49,9 @@ def test_generation_goes_on_from_the_virtual_tokens(
     kind: str, tiny_llama: Path, data_file: Path, tmp_path: Path
 ) -> None:
     result = run(kind, tiny_llama, data_file, tmp_path / "run")
-    model = AutoModelForCausalLM.from_pretrained(result.model)
+    model = AutoModelForCausalLM.from_pretrained(adapter_of(result))
     found = model.generate(IDS, max_new_tokens=8, eos_token_id=-1)
-    theirs, expected = peft_model(tiny_llama, result.model), IDS
+    theirs, expected = peft_model(tiny_llama, adapter_of(result)), IDS
     with torch.no_grad():  # without a cache: with one peft 0.21.2 on transformers 5.24 goes on otherwise
         for _ in range(8):
             expected = torch.cat([expected, theirs(expected).logits[:, -1:].argmax(-1)], 1)
@@ -84,24 +84,24 @@ def test_resuming_and_going_on_from_a_folder(
     for steps in (2, 4):
         train = {"micro_batch_size": 4, "max_steps": steps}
         parts = run(kind, tiny_llama, data_file, tmp_path / "parts", data=data, train=train)
-    expected, found = (load_file(r.model / "adapter_model.safetensors") for r in (whole, parts))
+    expected, found = (load_file(adapter_of(r) / "adapter_model.safetensors") for r in (whole, parts))
     assert torch.equal(expected["prompt_embeddings"], found["prompt_embeddings"])
     again = Trainer(config(tmp_path / "parts", data_file, tmp_path / "none", data=data)).evaluate()
     assert again == pytest.approx(whole.evaluation, rel=1e-6)
-    section = {"name": KINDS[kind]["name"], "path": str(whole.model)}
+    section = {"name": KINDS[kind]["name"], "path": str(adapter_of(whole))}
     still = {"optimizer": {"name": "sgd", "lr": 1e-30}, "data": data}
     more = Trainer(lora_config(tiny_llama, data_file, tmp_path / "more", section, **still)).train()
-    found = load_file(more.model / "adapter_model.safetensors")
+    found = load_file(adapter_of(more) / "adapter_model.safetensors")
     assert torch.equal(expected["prompt_embeddings"], found["prompt_embeddings"])
 
 
 def test_virtual_tokens_cannot_be_merged(tiny_llama: Path, data_file: Path, tmp_path: Path) -> None:
     result = run("prompt_tuning", tiny_llama, data_file, tmp_path / "run")
-    model = AutoModelForCausalLM.from_pretrained(result.model)
+    model = AutoModelForCausalLM.from_pretrained(adapter_of(result))
     with pytest.raises(UserError, match="virtual tokens cannot be merged"):
         model.merge_adapters()
     model.save_pretrained(tmp_path / "copy")
-    assert torch.equal(own_logits(tmp_path / "copy"), own_logits(result.model))
+    assert torch.equal(own_logits(tmp_path / "copy"), own_logits(adapter_of(result)))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor
 from training_helpers import config
 
 from collie_core import AutoModelForCausalLM, CollieConfig
+from collie_core.train.trainer import TrainResult
 
 IDS = torch.tensor([[1, 5, 9, 33, 7, 12, 41, 8]])
 
@@ -29,6 +30,12 @@ def lora_config(
     return config(model, data, out, **{**base, **changes})
 
 
+def adapter_of(result: TrainResult) -> Path:
+    """Where the adapter is."""
+    assert result.model is not None
+    return result.model
+
+
 def own_logits(path: Path, **how: Any) -> Tensor:
     with torch.no_grad():
         return AutoModelForCausalLM.from_pretrained(path, **how)(IDS).logits
@@ -39,7 +46,8 @@ def peft_model(base: Path, *adapters: Path) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM as Stock
 
-    model = PeftModel.from_pretrained(Stock.from_pretrained(base, dtype=torch.float32), str(adapters[0]))
+    stock: Any = Stock.from_pretrained(base, dtype=torch.float32)
+    model: Any = PeftModel.from_pretrained(stock, str(adapters[0]))
     for adapter in adapters[1:]:
         model.load_adapter(str(adapter), adapter_name=adapter.name)
     if len(adapters) > 1:
