@@ -25,8 +25,6 @@ KINDS = {
 }
 #: (kind, name, distribution, summary) of what the design names and no folder holds yet
 PLANNED = [
-    ("layout", "deepspeed", "collie-deepspeed", "DeepSpeed"),
-    ("adapter", "lora", "collie-lora", "LoRA"),
     ("monitor", "system", "collie-system", "Network, disk and host memory"),
 ]
 

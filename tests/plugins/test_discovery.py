@@ -170,9 +170,9 @@ def test_damaged_metadata_disturbs_no_other_plugin(install: Install, site: Path)
         ("optimizer", "native", "unknown optimizer 'native': it is a layout, not an optimizer"),
         ("layout", "adamw", "it is an optimizer, not a layout"),
         (
-            "adapter",
-            "lora",
-            "adapter 'lora' is not installed: it is planned as collie-lora, which does not exist yet",
+            "monitor",
+            "system",
+            "monitor 'system' is not installed: it is planned as collie-system, which does not exist yet",
         ),
         ("monitor", "zzz", "unknown monitor 'zzz'; installed monitors: "),
         (

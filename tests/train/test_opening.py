@@ -190,3 +190,30 @@ def test_texts_of_plugins_reach_the_monitors(
     cfg = config(tiny_llama, data_file, tmp_path / "out", monitors=["console"], train={"max_steps": 2})
     Trainer(cfg, callbacks=[Teller()]).train()
     assert "step 2  sample:\nwhat the model wrote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": {"trainable": ["nothing.*"]}},
+        {"optimizer": {"name": "lomo", "lr": 0.1, "param_groups": []}, "train": {"frozen": ["*"]}},
+        {"model": {"path": "misshaped"}},
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_the_data_are_read(
+    tiny_llama: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    class Unread(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            raise AssertionError("a record was read")
+
+    if "model" in changes:
+        from safetensors.torch import load_file, save_file
+
+        folder = Path(shutil.copytree(tiny_llama, tmp_path / "misshaped"))
+        tensors = load_file(folder / "model.safetensors")
+        save_file({**tensors, "lm_head.weight": torch.zeros(3, 3)}, folder / "model.safetensors")
+        changes = {"model": {"path": str(folder)}}
+    cfg = config(tiny_llama, tmp_path / "none.jsonl", tmp_path / "out", **changes)
+    with pytest.raises(UserError):
+        Trainer(cfg, train_dataset=Unread([{"text": "a"}])).train()
