@@ -141,14 +141,14 @@ def torch_tensor_parallel(model: Any, batch: Tensor, tp: int, sequence: bool) ->
         "head.lm_head": ColwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
     }
     if sequence:
-        gathered = {"input_layouts": Shard(1), "desired_input_layouts": Replicate()}
+        whole = (Replicate(),)
         plan |= {
             "blocks.*.attention_norm": SequenceParallel(),
             "blocks.*.mlp_norm": SequenceParallel(),
             "blocks.*.attention": PrepareModuleInput(
                 input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)
             ),
-            "blocks.*.mlp": PrepareModuleInput(**gathered),
+            "blocks.*.mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=whole),
             "head.norm": SequenceParallel(),
         }
     parallelize_module(model, mesh["tp"], plan)

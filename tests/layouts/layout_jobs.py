@@ -252,7 +252,7 @@ def serve() -> None:
     for line in sys.stdin:
         order = json.loads(line)
         ranks = {_fork(order, rank): rank for rank in range(order["size"])}
-        statuses = {}
+        statuses: dict[int, int] = {}
         deadline = time.monotonic() + order["timeout"]
         while len(statuses) < len(ranks):
             pid, status = os.waitpid(-1, os.WNOHANG)
