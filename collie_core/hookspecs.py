@@ -158,7 +158,10 @@ class Layout(Protocol):
         adapters: Sequence[Adapter],
         make_optimizer: Callable[[nn.Module], Optimizer] | None,
     ) -> None:
-        """Build, adapt, cut, allocate and load the model, then make the optimizer on final parameters."""
+        """Build, adapt, cut, allocate and load the model, then make the optimizer on final parameters.
+
+        An optional method `check_model(model, provider, adapters)`, called before the data are read, raises
+        ConfigError where the sizes do not fit the complete module, adapted and on meta."""
 
     def train_step(self, step_batch: StepBatch, lr: float) -> dict[str, float]:
         """Every pass, reduction, clipping and update of one step.

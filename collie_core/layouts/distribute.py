@@ -23,7 +23,7 @@ from collie_core.layouts import zero
 from collie_core.layouts.build import Placed, build, has_weights
 from collie_core.layouts.partition import partition
 from collie_core.layouts.stage import Stage
-from collie_core.layouts.tensor_parallel import Cutter, TensorParallel
+from collie_core.layouts.tensor_parallel import Cutter, TensorParallel, check_heads
 from collie_core.layouts.ties import check_ties, tied_over_ends
 from collie_core.layouts.vocabulary import Vocabulary
 from collie_core.models.adapters import initialise_added
@@ -107,6 +107,19 @@ def place_parts(
     return Placed(
         model, stages, parameters, run.shards, shapes, tp, width, dtype, zero=sharded, buffers=buffers
     )
+
+
+def check_sizes(
+    model: nn.Module,
+    run: Run,
+    provider: ModelProvider,
+    adapters: Sequence[Adapter],
+    grid: Grid,
+    options: NativeLayoutPlugin.Options,
+) -> None:
+    """Raises ConfigError where the sizes do not fit the complete module, which may be on meta."""
+    check_heads(_plan(provider, run, adapters), grid.tp.size)
+    _stretches(model, grid, options)
 
 
 def _given(model: nn.Module, run: Run, grid: Grid) -> nn.Module:

@@ -132,6 +132,15 @@ class NativeLayout:
         )
         self.optimizer = make_optimizer(self.model)
 
+    def check_model(
+        self, model: nn.Module, provider: ModelProvider, adapters: Sequence[Adapter]
+    ) -> None:
+        """Refuse sizes that the complete module does not fit; see `Layout.check_model`."""
+        if self.grid.world.group is not None:
+            from collie_core.layouts.distribute import check_sizes
+
+            check_sizes(model, self.run, provider, adapters, self.grid, self.options)
+
     def _place(self, provider: ModelProvider, adapters: Sequence[Adapter], training: bool) -> Placed:
         from collie_core.layouts.build import place_whole
         from collie_core.ops import select_ops

@@ -134,6 +134,21 @@ class VocabularyEmbedding(AdaptedEmbedding):
         return summed
 
 
+def check_heads(plan: ParallelPlan, size: int) -> None:
+    """Raises ConfigError where `size` ranks cannot each have whole attention heads."""
+    if plan.heads is not None and plan.heads % size:
+        raise ConfigError(f"tp_size {size} does not divide the model's {plan.heads} attention heads")
+    if plan.kv_heads is None or plan.kv_heads % size == 0:
+        return
+    if size % plan.kv_heads or not plan.keys_values:
+        why = "" if size % plan.kv_heads else ", and its parallel plan does not name them in keys_values"
+        raise ConfigError(
+            f"tp_size {size} does not fit the model's {plan.kv_heads} key-value heads: neither divides "
+            f"the other{why}" if size % plan.kv_heads else
+            f"tp_size {size} is above the model's {plan.kv_heads} key-value heads{why}"
+        )
+
+
 @dataclass(frozen=True)
 class Cutter:
     """Cuts the complete module on meta for one rank, and keeps the books of its shards."""
@@ -147,7 +162,7 @@ class Cutter:
 
         Raises ConfigError where the sizes cannot be cut, PluginError where the plan names what cannot be.
         """
-        self._check_heads()
+        check_heads(self.plan, self.tp.size)
         done: dict[int, nn.Parameter] = {}  # a tied parameter is cut once
         entrances: dict[str, _Entrance] = {}
         for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -171,20 +186,6 @@ class Cutter:
             if any(fnmatchcase(name, pattern) for pattern in getattr(self.plan, kind)):
                 return kind
         return None
-
-    def _check_heads(self) -> None:
-        plan, size = self.plan, self.tp.size
-        if plan.heads is not None and plan.heads % size:
-            raise ConfigError(f"tp_size {size} does not divide the model's {plan.heads} attention heads")
-        if plan.kv_heads is None or plan.kv_heads % size == 0:
-            return
-        if size % plan.kv_heads or not plan.keys_values:
-            why = "" if size % plan.kv_heads else ", and its parallel plan does not name them in keys_values"
-            raise ConfigError(
-                f"tp_size {size} does not fit the model's {plan.kv_heads} key-value heads: neither divides "
-                f"the other{why}" if size % plan.kv_heads else
-                f"tp_size {size} is above the model's {plan.kv_heads} key-value heads{why}"
-            )
 
     def _whole(self, name: str, shard: Shard) -> Shard:
         """Gradients of a parameter that every tp rank holds: partial sums where its inputs are cut."""
@@ -310,5 +311,5 @@ def _check_can_be_cut(path: str, module: nn.Module) -> None:
         changes = [key for key in ("max_norm", "scale_grad_by_freq", "sparse") if getattr(module, key)]
         if changes:
             raise PluginError(
-                f"the parallel plan cuts {path}, an embedding with {changes[0]}, which works on whole ones alone"
+                f"the parallel plan cuts {path}, an embedding with {changes[0]}, which needs the whole"
             )

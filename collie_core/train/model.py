@@ -15,7 +15,7 @@ from collie_core.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
 
     from collie_core.checkpoint.folder import Checkpoint
-    from collie_core.hookspecs import ModelProvider
+    from collie_core.hookspecs import Layout, ModelProvider
     from collie_core.models.provider import SelectedProvider
     from collie_core.registry import RunPlugins
     from collie_core.run import Run
@@ -85,6 +85,42 @@ def _same_shapes(trainer: Trainer, run: Run) -> None:
                 f"Trainer(model=...): {name} is {shapes[1] or 'absent'}, but the config of {run.source.path} "
                 f"asks for {shapes[0] or 'no such parameter'}"
             )
+
+
+def check_model(run: Run, plugins: RunPlugins, layout: Layout) -> None:
+    """Refuse what does not fit the model by its shapes alone, before time goes into data and weights.
+
+    Raises ConfigError for patterns of parameters and sizes, CheckpointError for tensors, by name.
+    A module with weights is known to fit.
+    """
+    import torch
+
+    from collie_core.layouts.build import set_trainable
+    from collie_core.models.adapters import adapt
+    from collie_core.models.loading import Slots, match_weights
+    from collie_core.models.sources import open_source
+    from collie_core.ops import select_ops
+    from collie_core.together import from_first
+
+    source = run.source
+    assert source is not None
+    if run.model is not None and not next(run.model.parameters()).is_meta:
+        return
+    adapters = [plugins.call_one(plugin, "collie_adapter", run=run) for plugin in plugins.of_kind("adapter")]
+    with torch.device("meta"):
+        model = source.provider.build(source.config, select_ops())
+    added = adapt(model, adapters)
+    set_trainable(model, replace(run, added=added))
+    check = getattr(layout, "check_model", None)
+    if check is not None:
+        check(model, source.provider, adapters)
+
+    def match() -> None:
+        slots = Slots(model)
+        reader, rules = open_source(source, slots, added)
+        match_weights(slots, rules, reader, added)
+
+    from_first(match, run.control)
 
 
 def without_adapters(run: Run) -> None:

@@ -95,7 +95,7 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
     from collie_core.monitors.metrics_file import MetricsFile
     from collie_core.together import from_first
     from collie_core.train.data import open_dataset, open_evaluators, open_reader, required_dataset
-    from collie_core.train.model import open_model, without_adapters
+    from collie_core.train.model import check_model, open_model, without_adapters
     from collie_core.train.resume import (
         checkpoint_to_resume,
         is_finished,
@@ -118,11 +118,13 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
         without_adapters(run)
         refuse(plugins.check(run))
         run.virtual_tokens = _virtual_tokens(plugins.of_kind("adapter"))
+        base_lr = _base_lr(run, plugins)
+        layout = _open_layout(run, plugins, stack)
+        check_model(run, plugins, layout)
         train_data = required_dataset(trainer, run, provider, "train")
         if checkpoint is not None:
             same_data(config, checkpoint, train_data)
         eval_data = open_dataset(trainer, run, provider, "eval")
-        layout = _open_layout(run, plugins, stack)
         reader = open_reader(run, train_data, layout)
         session = Session(
             run=run,
@@ -131,7 +133,7 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
             layout=layout,
             reader=reader,
             evaluators=open_evaluators(run, eval_data),
-            base_lr=_base_lr(run, plugins),
+            base_lr=base_lr,
             checkpoints=checkpoints,
             data_fingerprint=train_data.fingerprint,
             metrics_file=MetricsFile(run.output_dir / "metrics.jsonl"),
