@@ -26,6 +26,11 @@ def distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def first() -> bool:
+    """True on the one process that does what is done once."""
+    return not distributed() or dist.get_rank() == 0
+
+
 def gather(value: T, group: ProcessGroup | None = None) -> list[T]:
     """The values of all ranks."""
     if not distributed():

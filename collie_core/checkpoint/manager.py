@@ -23,7 +23,7 @@ from collie_core.checkpoint.folder import (
 from collie_core.checkpoint.manifest import Verify, verify, write_manifest
 from collie_core.errors import CheckpointError, RunFailed
 from collie_core.files import free_space, fsync_dir, fsync_file, json_text, write_text_atomic
-from collie_core.together import from_first, together
+from collie_core.together import first, from_first, together
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -104,10 +104,6 @@ class CheckpointManager:
         """True where a save in the background has ended and `wait` was not called yet."""
         return self._background is not None and self._background.done()
 
-    def close(self) -> None:
-        """Wait for the save in the background."""
-        self.wait()
-
     def set_aside_after(self, step: int) -> None:
         """Rename checkpoints newer than `step`, from which the run goes on, to `.step_NNNNNN.superseded-N`.
 
@@ -137,11 +133,11 @@ class CheckpointManager:
         try:
             together(lambda: write(aside), self.group)
             final = from_first(complete, self.group)
-        except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise RunFailed(self._failure(step, error)) from error
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+        except BaseException as error:
+            if first():  # for all, who are done with it too
+                shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise RunFailed(self._failure(step, error)) from error
             raise
         from_first(lambda: self._prune(step), self.group)
         return final
@@ -180,7 +176,10 @@ class CheckpointManager:
             shutil.rmtree(doomed, ignore_errors=True)  # NFS keeps what a reader has open; see `_clean`
 
     def _clean(self) -> None:
-        """Remove, or for a replaced checkpoint undo, what processes that are gone left half done."""
+        """Remove, or for a replaced checkpoint undo, what runs before this one left half done.
+
+        This one holds the lock, so that whoever made it is gone, whatever host its pid was of.
+        """
         for name, what, path in self._leftovers():
             original = self.folder / name
             if what == "replaced" and not original.exists():
@@ -194,7 +193,7 @@ class CheckpointManager:
         saving = self._background is not None and not self._background.done()
         for path in list(self.folder.iterdir()):
             match = _TRANSIENT.fullmatch(path.name)
-            if match and not _alive(int(match[3]), saving):
+            if match and not (saving and int(match[3]) == os.getpid()):
                 yield match[1], match[2], path
 
     def _failure(self, step: int, error: OSError) -> str:
@@ -204,22 +203,6 @@ class CheckpointManager:
             f"({free_space(self.folder) / 2**30:.1f} GiB free there); "
             + (f"{earlier} stays as it was" if earlier else "there is no earlier one")
         )
-
-
-def _alive(pid: int, saving: bool) -> bool:
-    """Whether the process that made a folder may still be at work in it.
-
-    Our own pid is not, unless a save is under way: in a container every run may have the same pid.
-    """
-    if pid == os.getpid():
-        return saving
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _flush(folder: Path) -> None:

@@ -46,6 +46,7 @@ def write_manifest(folder: Path, step: int) -> Manifest:
     """Record every regular file of `folder`.
 
     A tensor file's hash is the one that its writer computed (in its `metadata.json`); others are read.
+    Raises CheckpointError where a tensor file is not there, or not whole.
     """
     names = [name for name in _regular_files(folder) if name != MANIFEST_FILE]
     known = _hashed_by_writers(folder, names)
@@ -147,8 +148,10 @@ def _hashed_by_writers(folder: Path, names: list[str]) -> dict[str, FileRecord]:
             continue
         for file, record in files.items():
             place = path.with_name(file).relative_to(folder).as_posix()
-            if place in names and (folder / place).stat().st_size == record.size:
-                known[place] = record
+            _check_size(folder / place, record.size)
+            if place not in names:
+                raise CheckpointError(f"{folder / place} is missing: {path} names it, its folder does not")
+            known[place] = record
     return known
 
 

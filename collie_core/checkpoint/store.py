@@ -33,7 +33,7 @@ from collie_core.together import distributed, gather, together
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["TensorSave", "host_copy", "load_tensors", "read_metadata", "save_tensors", "stream_tensors"]
+__all__ = ["TensorSave", "load_tensors", "read_metadata", "save_tensors", "stream_tensors"]
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
 
@@ -49,7 +49,7 @@ class TensorSave:
     def __init__(
         self, state: Mapping[str, Tensor | Piece], group: ProcessGroup | None = None, copy: bool = False
     ) -> None:
-        """state: flat names; tensors of any device and strides, DTensors, pieces.  copy: what is to be
+        """state: flat names; tensors of any device and strides, pieces.  copy: what is to be
         written is copied into host memory, so that training may go on."""
         self._group = group
         pieces = together(lambda: {name: _piece(name, value) for name, value in state.items()}, group)
@@ -73,7 +73,9 @@ class TensorSave:
             if name in self._boxes and self._boxes[name].get(_box(piece)) == rank
         }
         self._mine = {
-            name: (piece, piece.local.detach().to("cpu", copy=True) if copy else piece.local.detach())
+            chunk_key(name, piece.shape, piece.offsets, piece.local.shape): (
+                piece.local.detach().to("cpu", copy=True) if copy else piece.local.detach()
+            )
             for name, piece in mine.items()
         }
         self._file = f"tensors_{rank:05d}.safetensors"
@@ -83,14 +85,10 @@ class TensorSave:
         """Write this rank's file; no other rank is asked.  Raises OSError where the disk fails."""
         if not self._mine:
             return None
-        keys = {
-            chunk_key(name, piece.shape, piece.offsets, local.shape): local
-            for name, (piece, local) in self._mine.items()
-        }
-        specs = {key: (local.shape, local.dtype) for key, local in keys.items()}
+        specs = {key: (local.shape, local.dtype) for key, local in self._mine.items()}
         with SafetensorsWriter(folder / self._file, specs) as writer:
             for key in writer.names:
-                writer.write(key, keys[key])
+                writer.write(key, self._mine[key])
             return FileRecord(*writer.close())
 
     def finish(self, folder: Path, write: Callable[[], FileRecord | None]) -> None:
@@ -139,13 +137,11 @@ def load_tensors(
     state: Mapping[str, Tensor | Piece],
     folder: str | os.PathLike[str],
     *,
-    strict: bool = False,
     process_group: ProcessGroup | None = None,
 ) -> None:
     """Fill the tensors of `state` in place from a folder written by `save_tensors` under any layout.
 
-    Each rank reads the part of each tensor that it holds.  `strict` also refuses stored tensors that
-    `state` lacks (for a rank that holds every name).  Collective like `save_tensors`.
+    Each rank reads the part of each tensor that it holds.  Collective like `save_tensors`.
 
     Raises CheckpointError, before anything is changed, naming the tensors that are missing or differ in
     shape or dtype; on every rank if on any.
@@ -155,7 +151,7 @@ def load_tensors(
     def check() -> tuple[dict[str, StoredTensor], dict[str, Piece]]:
         stored = read_metadata(folder).tensors
         pieces = {name: _piece(name, value) for name, value in state.items()}
-        _refuse_misfits(folder, stored, pieces, strict)
+        _refuse_misfits(folder, stored, pieces)
         return stored, pieces
 
     stored, pieces = together(check, process_group)
@@ -197,36 +193,18 @@ def stream_tensors(
             yield name, files.read(name, stored, stored.chunks[0])
             continue
         whole = torch.empty(stored.shape, dtype=stored.torch_dtype)
-        fill(Piece(whole, tuple(stored.shape), (0,) * whole.ndim), name, stored, files)
+        fill(Piece.of(whole), name, stored, files)
         yield name, whole
-
-
-def host_copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy in host memory, shards remaining shards, for a save in the background of training."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
 
 def _piece(name: str, value: Any) -> Piece:
     """What a rank holds of a tensor.  Raises CheckpointError for what cannot be stored."""
-    if isinstance(value, Piece):
-        piece = value
-    elif not isinstance(value, Tensor):
+    if not isinstance(value, Piece | Tensor):
         raise CheckpointError(f"{name!r} is no tensor; only tensors can be stored")
-    else:
-        piece = _piece_of_dtensor(value) or Piece(value, tuple(value.shape), (0,) * value.ndim)
+    piece = Piece.of(value)
     if piece.local.dtype not in DTYPE_NAMES:
         raise CheckpointError(f"{name!r}: {piece.local.dtype} cannot be stored")
     return piece
-
-
-def _piece_of_dtensor(value: Tensor) -> Piece | None:
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    if not isinstance(value, DTensor):
-        return None
-    _, offsets = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
-    return Piece(value.to_local(), tuple(value.shape), tuple(offsets))
 
 
 def _box(piece: Piece) -> Box:
@@ -234,7 +212,7 @@ def _box(piece: Piece) -> Box:
 
 
 def _refuse_misfits(
-    folder: Path, stored: Mapping[str, StoredTensor], pieces: Mapping[str, Piece], strict: bool
+    folder: Path, stored: Mapping[str, StoredTensor], pieces: Mapping[str, Piece]
 ) -> None:
     problems = []
     for name, piece in pieces.items():
@@ -244,8 +222,6 @@ def _refuse_misfits(
         elif piece.shape != found.shape or piece.local.dtype != found.torch_dtype:
             has = f"{list(found.shape)} {found.torch_dtype}"
             problems.append(f"{name} is {has}, expected {list(piece.shape)} {piece.local.dtype}")
-    if strict:
-        problems += [f"{name} is unexpected" for name in stored if name not in pieces]
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(f"{folder} does not fit: {'; '.join(problems[:20])}{more}")

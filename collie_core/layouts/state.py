@@ -14,6 +14,7 @@ from collie_core.checkpoint.store import load_tensors, read_metadata
 from collie_core.shard import Piece
 
 if TYPE_CHECKING:
+    from collie_core.checkpoint.metadata import StoredTensor
     from collie_core.layouts.native import NativeLayout
 
 
@@ -44,39 +45,38 @@ def load_state(layout: NativeLayout, folder: Path) -> None:
     load_tensors(state, folder, process_group=group)
     if layout.optimizer is None:
         return
-    stored = read_metadata(folder).tensors
     live = layout.optimizer.state_dict()
     scale = layout.loss_scale.state_dict()
     wanted: dict[str, Tensor | Piece] = {f"layout.{name}": tensor for name, tensor in scale.items()}
-    for full_name, found in stored.items():
+    for full_name, found in read_metadata(folder).tensors.items():
         name = full_name.removeprefix("optimizer.")
-        parameter = name.rpartition(".")[0]
-        if full_name == name or (parameter not in layout.placed.shards and _elsewhere(layout, parameter)):
-            continue
-        empty = torch.empty(tuple(found.shape), dtype=found.torch_dtype)
-        if name in live:
-            like = _as_piece(layout, name, live[name])
-        elif parameter in layout.placed.shards:
-            shard = layout.placed.shards[parameter]
-            whole = tuple(found.shape) != shard.shape
-            like = empty if whole else shard.piece(torch.empty(shard.local.shape, dtype=found.torch_dtype))
-        else:
-            like = empty  # the optimizer says what it cannot place
-        if isinstance(like, Piece):
-            wanted[full_name] = Piece(torch.empty_like(like.local), like.shape, like.offsets)
-        else:
-            wanted[full_name] = torch.empty(like.shape, dtype=found.torch_dtype, device=like.device)
+        if full_name != name and not _elsewhere(layout, name.rpartition(".")[0]):
+            wanted[full_name] = _to_fill(layout, name, found, live.get(name))
     load_tensors(wanted, folder, process_group=group)
-    layout.loss_scale.load_state_dict(
-        {name: _local(wanted[f"layout.{name}"]) for name in scale}
-    )
+    layout.loss_scale.load_state_dict({name: Piece.of(wanted[f"layout.{name}"]).local for name in scale})
     layout.optimizer.load_state_dict(
         {
-            name.removeprefix("optimizer."): _local(value)
+            name.removeprefix("optimizer."): Piece.of(value).local
             for name, value in wanted.items()
             if name.startswith("optimizer.")
         }
     )
+
+
+def _to_fill(
+    layout: NativeLayout, name: str, found: StoredTensor, live: Tensor | Piece | None
+) -> Tensor | Piece:
+    """Where to put this rank's part of an optimizer's state: the live one if it is alike, else a new one."""
+    if live is not None:
+        like = _as_piece(layout, name, live)
+        if Piece.of(like).local.dtype == found.torch_dtype:
+            return like
+        empty = torch.empty_like(Piece.of(like).local, dtype=found.torch_dtype)
+        return Piece(empty, like.shape, like.offsets) if isinstance(like, Piece) else empty
+    shard = layout.placed.shards.get(name.rpartition(".")[0])
+    if shard is not None and tuple(found.shape) == shard.shape:
+        return shard.piece(torch.empty(shard.local.shape, dtype=found.torch_dtype))
+    return torch.empty(tuple(found.shape), dtype=found.torch_dtype)  # the optimizer says if it has no place
 
 
 def full_tensors(
@@ -94,11 +94,11 @@ def full_tensors(
     wanted = [name for name in placed.whole_shapes if names is None or name in names]
     if grid.world.group is None:
         for name in wanted:
-            yield name, _local(local[name])
+            yield name, Piece.of(local[name]).local
         return
+    pieces = {name: Piece.of(value) for name, value in local.items()}
     boxes = {
-        name: (_offsets(value), tuple(_local(value).shape), _local(value).dtype)
-        for name, value in local.items()
+        name: (piece.offsets, tuple(piece.local.shape), piece.local.dtype) for name, piece in pieces.items()
     }
     everyone: list[dict[str, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]] = [
         {} for _ in range(grid.world.size)
@@ -112,12 +112,12 @@ def full_tensors(
             if name in one and (0 not in one[name][1] or 0 in shape)
         }
         dtype = next(one[name][2] for one in everyone if name in one)
-        yield name, _gathered(layout, local.get(name), holders, shape, dtype)
+        yield name, _gathered(layout, pieces.get(name), holders, shape, dtype)
 
 
 def _gathered(
     layout: NativeLayout,
-    own: Tensor | Piece | None,
+    own: Piece | None,
     holders: dict[tuple[tuple[int, ...], tuple[int, ...]], int],
     shape: torch.Size,
     dtype: torch.dtype,
@@ -125,15 +125,15 @@ def _gathered(
     rank, control = layout.grid.world.rank, layout.grid.control
     if rank != 0:
         for box, holder in holders.items():
-            if holder == rank and own is not None and box == (_offsets(own), tuple(_local(own).shape)):
-                dist.send(_local(own).to("cpu").contiguous(), 0, group=control)
+            if holder == rank and own is not None and box == (own.offsets, tuple(own.local.shape)):
+                dist.send(own.local.to("cpu").contiguous(), 0, group=control)
         return torch.empty(0, dtype=dtype)
     whole = torch.empty(shape, dtype=dtype)
     for (offsets, sizes), holder in holders.items():
         place = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
         if holder == 0:
             assert own is not None
-            whole[place] = _local(own).to("cpu")
+            whole[place] = own.local.to("cpu")
         else:
             part = torch.empty(sizes, dtype=dtype)
             dist.recv(part, holder, group=control)
@@ -150,13 +150,6 @@ def _as_piece(layout: NativeLayout, name: str, value: Tensor | Piece) -> Tensor 
 
 
 def _elsewhere(layout: NativeLayout, name: str) -> bool:
-    """True for a parameter that another stage has."""
-    return layout.grid.pp.size > 1 and name in layout.placed.whole_shapes
-
-
-def _local(value: Tensor | Piece) -> Tensor:
-    return value.local if isinstance(value, Piece) else value
-
-
-def _offsets(value: Tensor | Piece) -> tuple[int, ...]:
-    return tuple(value.offsets) if isinstance(value, Piece) else (0,) * value.ndim
+    """True for a parameter that another stage alone has."""
+    placed = layout.placed
+    return layout.grid.pp.size > 1 and name in placed.whole_shapes and name not in placed.shards

@@ -179,7 +179,10 @@ class ShadowedOptimizer(FusedOptimizer):
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of state_dict; copies.  Raises CheckpointError for a state of an unknown parameter."""
+        """Inverse of state_dict; takes the tensors over, without copies of those of the right dtype.
+
+        Raises CheckpointError for a state of an unknown parameter.
+        """
         by_parameter: dict[str, dict[str, Tensor]] = {name: {} for part in self.parts for name in part.names}
         for full_name, value in state.items():
             name, _, key = full_name.rpartition(".")
@@ -188,7 +191,7 @@ class ShadowedOptimizer(FusedOptimizer):
                 raise CheckpointError(
                     f"optimizer state {full_name}: {name!r} is no parameter that is trained{hint}"
                 )
-            by_parameter[name][key] = value.clone()
+            by_parameter[name][key] = value
         for part in self.parts:
             saved = part.optimizer.state_dict()
             saved["state"] = {

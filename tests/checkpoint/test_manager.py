@@ -18,7 +18,7 @@ from torch import Tensor
 
 from collie_core.checkpoint.folder import is_checkpoint, open_checkpoint
 from collie_core.checkpoint.manager import CheckpointManager
-from collie_core.checkpoint.store import host_copy, load_tensors, save_tensors, stream_tensors
+from collie_core.checkpoint.store import TensorSave, load_tensors, save_tensors, stream_tensors
 from collie_core.errors import CheckpointError, RunFailed
 
 TENSORS = "tensors_00000.safetensors"
@@ -242,25 +242,22 @@ def test_a_writer_that_raises_leaves_no_trace(manager: CheckpointManager, error:
     assert names(manager) == ["step_000001"]
 
 
-def test_leftovers_of_dead_processes_are_removed_and_of_live_ones_kept(manager: CheckpointManager) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    for pid in (dead.pid, os.getppid(), os.getpid()):
+def test_leftovers_of_earlier_runs_are_removed_whatever_process_has_their_pid(
+    manager: CheckpointManager,
+) -> None:
+    """This run holds the folder's lock: its makers are gone, and their pids may be of another host."""
+    for pid in (1, os.getppid(), os.getpid()):
         (manager.folder / f".step_000002.writing-{pid}").mkdir(parents=True)
         (manager.folder / f".step_000001.deleting-{pid}" / "x").mkdir(parents=True)
     (manager.folder / ".step_000002.writing-me").mkdir()
     (manager.folder / ".hidden-12").mkdir()
     save(manager, 2)
-    alive = os.getppid()
-    expected = [".hidden-12", f".step_000001.deleting-{alive}", f".step_000002.writing-{alive}"]
-    assert names(manager) == sorted([*expected, ".step_000002.writing-me", "step_000002"])
+    assert names(manager) == [".hidden-12", ".step_000002.writing-me", "step_000002"]
 
 
 def test_a_kill_while_a_step_is_replaced_loses_nothing(manager: CheckpointManager) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
     save(manager, 5)
-    (manager.folder / "step_000005").rename(manager.folder / f".step_000005.replaced-{dead.pid}")
+    (manager.folder / "step_000005").rename(manager.folder / f".step_000005.replaced-{os.getppid()}")
     latest = manager.latest()
     assert latest is not None
     assert value_of(latest.path) == 5.0
@@ -270,11 +267,11 @@ def test_a_kill_while_a_step_is_replaced_loses_nothing(manager: CheckpointManage
 def test_a_save_in_the_background_holds_the_values_of_its_moment(manager: CheckpointManager) -> None:
     tensor = torch.zeros(50, 3)
     go = threading.Event()
-    copy = host_copy({"w": tensor})
+    saving = TensorSave({"w": tensor}, copy=True)
 
     def write(folder: Path) -> None:
         assert go.wait(30)
-        save_tensors(copy, folder)
+        saving.finish(folder, lambda: saving.write(folder))
 
     state = {"step": 1}
     path = manager.save(1, write, state, background=True)
@@ -289,7 +286,7 @@ def test_a_save_in_the_background_holds_the_values_of_its_moment(manager: Checkp
     assert manager.wait() is None
 
 
-def test_an_error_in_the_background_surfaces_at_the_next_save_and_at_close(
+def test_an_error_in_the_background_surfaces_at_the_next_save_and_when_waited_for(
     manager: CheckpointManager,
 ) -> None:
     def write(folder: Path) -> None:
@@ -300,8 +297,8 @@ def test_an_error_in_the_background_surfaces_at_the_next_save_and_at_close(
         manager.save(2, writer(2.0), {})
     manager.save(2, write, {}, background=True)
     with pytest.raises(RunFailed, match="checkpoint of step 2"):
-        manager.close()
-    manager.close()
+        manager.wait()
+    assert manager.wait() is None
     assert names(manager) == []
 
 
@@ -342,5 +339,5 @@ def test_a_full_disk_while_saving_loses_nothing(tmp_path: Path) -> None:
     latest = CheckpointManager(tmp_path).latest()
     assert latest is not None
     state: dict[str, Tensor] = {"w": torch.zeros(1000)}
-    load_tensors(state, latest.path, strict=True)
+    load_tensors(state, latest.path)
     assert state["w"].min() == 1.0

@@ -134,3 +134,13 @@ def test_a_strangers_metadata_file_is_hashed_like_any_other(tmp_path: Path) -> N
     (tmp_path / "metadata.json").write_text('{"author": "me"}')
     write_manifest(tmp_path, 1)
     verify(tmp_path)
+
+
+def test_a_tensor_file_that_is_not_there_or_not_whole_ends_the_save(folder: Path) -> None:
+    whole = (folder / TENSORS).read_bytes()
+    (folder / TENSORS).write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match=f"{TENSORS} is truncated"):
+        write_manifest(folder, 3)
+    (folder / TENSORS).unlink()
+    with pytest.raises(CheckpointError, match=f"{TENSORS} is missing"):
+        write_manifest(folder, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -53,11 +54,19 @@ def use(folder: Path) -> None:
     state = checkpoint.state()
     read_metadata(checkpoint.path)
     loaded = {"w": torch.zeros(3)}
-    load_tensors(loaded, checkpoint.path, strict=True)
+    load_tensors(loaded, checkpoint.path)
     assert loaded["w"].min() == 1.0
     assert dict(stream_tensors(checkpoint.path))["w"].min() == 1.0
     if "rng" in state:
         restore_rng(state["rng"])
+
+
+def state_size(folder: Path, name: str) -> None:
+    """Make the metadata fit what has taken the place of a tensor file."""
+    content = json.loads((folder / "metadata.json").read_text())
+    data = (folder / name).read_bytes()
+    content["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    (folder / "metadata.json").write_text(json.dumps(content))
 
 
 ADDED = [
@@ -94,6 +103,8 @@ def test_a_pickle_in_place_of_a_file_is_refused(folder: Path, poison: bytes, mar
     with pytest.raises(CheckpointError, match=name):
         use(folder)
     if name != "manifest.json":  # an attacker also makes the manifest fit
+        if name.startswith("tensors"):
+            state_size(folder, name)
         write_manifest(folder, 1)
         with pytest.raises(CheckpointError, match=name):
             use(folder)
@@ -104,7 +115,8 @@ def test_a_byte_entry_in_the_metadata_is_refused(folder: Path, poison: bytes, ma
     (folder / "tensors_00001.safetensors").write_bytes(poison)
     metadata = json.loads((folder / "metadata.json").read_text())
     entry = {"file": "tensors_00001.safetensors", "offsets": [0], "sizes": [len(poison)]}
-    metadata["files"]["tensors_00001.safetensors"] = metadata["files"]["tensors_00000.safetensors"]
+    record = {"sha256": hashlib.sha256(poison).hexdigest(), "size": len(poison)}
+    metadata["files"]["tensors_00001.safetensors"] = record
     metadata["tensors"]["w"] |= {"dtype": "U8", "shape": [len(poison)], "chunks": [entry]}
     (folder / "metadata.json").write_text(json.dumps(metadata))
     write_manifest(folder, 1)

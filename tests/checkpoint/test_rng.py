@@ -10,7 +10,8 @@ import numpy
 import pytest
 import torch
 
-from collie_core.checkpoint.rng import restore_rng, rng_state
+from collie_core import CollieConfig
+from collie_core.checkpoint.rng import restore_rng, restore_rng_of_rank, rng_state
 from collie_core.errors import CheckpointError
 
 
@@ -57,3 +58,15 @@ def test_a_malformed_state_is_refused(damage: dict[str, Any]) -> None:
         restore_rng(rng_state() | damage)
     with pytest.raises(CheckpointError, match="random generators is malformed"):
         restore_rng({})
+
+
+def test_a_rank_goes_on_only_where_every_rank_is_what_it_was() -> None:
+    config = CollieConfig(model={"path": "model"}, dp_size=2)
+    state = {"config": config.to_mapping(), "rng": [None, rng_state()]}
+    expected = draw()
+    assert not restore_rng_of_rank(state, CollieConfig(model={"path": "model"}, tp_size=2), 1)
+    assert draw() != expected
+    assert restore_rng_of_rank(state, config, 1)
+    assert draw() == expected
+    with pytest.raises(CheckpointError, match="random generators is malformed"):
+        restore_rng_of_rank(state, config, 2)

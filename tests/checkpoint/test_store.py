@@ -52,7 +52,7 @@ def test_every_kind_of_tensor_comes_back_byte_equal(tmp_path: Path) -> None:
     save_tensors(state, tmp_path / "a")
     loaded = blank(state)
     places = {name: tensor.data_ptr() for name, tensor in loaded.items()}
-    load_tensors(loaded, tmp_path / "a", strict=True)
+    load_tensors(loaded, tmp_path / "a")
     assert raw_state(loaded) == raw_state(state)
     assert {name: tensor.data_ptr() for name, tensor in loaded.items()} == places  # in place
     assert raw_state(dict(stream_tensors(tmp_path / "a"))) == raw_state(state)
@@ -90,17 +90,14 @@ def test_a_subset_of_names(tmp_path: Path) -> None:
 
 
 def test_misfits_are_all_named_before_anything_changes(tmp_path: Path) -> None:
-    save_tensors(
-        {"a": torch.ones(2), "b": torch.ones(2, 3), "c": torch.ones(2), "d": torch.ones(1)}, tmp_path
-    )
+    save_tensors({"a": torch.ones(2), "b": torch.ones(2, 3), "c": torch.ones(2)}, tmp_path)
     state = {"a": torch.zeros(2), "b": torch.zeros(3, 2), "c": torch.zeros(2).bfloat16(), "e": torch.zeros(1)}
     with pytest.raises(CheckpointError) as caught:
-        load_tensors(state, tmp_path, strict=True)
+        load_tensors(state, tmp_path)
     message = str(caught.value)
     assert "b is [2, 3] torch.float32, expected [3, 2] torch.float32" in message
     assert "c is [2] torch.float32, expected [2] torch.bfloat16" in message
     assert "e is missing" in message
-    assert "d is unexpected" in message
     assert not state["a"].any()
     with pytest.raises(CheckpointError) as caught:
         load_tensors(state, tmp_path)
