@@ -32,6 +32,18 @@ class SlowSave:
             print("saving", flush=True)
             time.sleep(self.seconds)
 
+class SlowCheck:
+    collie_api = 1
+    @dataclass(frozen=True)
+    class Options:
+        pass
+    def __init__(self, options): pass
+    @hookimpl
+    def collie_check(self):
+        print("checking", flush=True)
+        time.sleep(60)
+        return []
+
 class StopOnOne:
     collie_api = 1
     @dataclass(frozen=True)
@@ -53,7 +65,7 @@ class StopOnOne:
 
 @pytest.fixture
 def folder(tiny_llama: Path, data_file: Path, tmp_path: Path) -> Path:
-    """A folder with `run.yaml`, a run of 40 steps, and the plugins `slow_save` and `stop_on_one`."""
+    """A folder with `run.yaml`, a run of 40 steps, and the plugins of `slow_save.py`."""
     mapping = config(
         tiny_llama,
         data_file,
@@ -68,6 +80,7 @@ def folder(tiny_llama: Path, data_file: Path, tmp_path: Path) -> Path:
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: slow-save\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text(
         "[collie.plugins]\nslow_save = slow_save:SlowSave\nstop_on_one = slow_save:StopOnOne\n"
+        "slow_check = slow_save:SlowCheck\n"
     )
     return tmp_path
 
@@ -169,3 +182,34 @@ def test_a_stop_asked_on_one_process_ends_all_with_a_checkpoint(
     assert json.loads(out.splitlines()[-1])["step"] == last == steps(folder / "out")
     assert (folder / "out" / "checkpoints" / f"step_{last:06}").is_dir()
     assert (folder / "out" / "model" / "config.json").is_file()
+
+
+def test_an_interrupt_outside_the_loop_ends_at_once(folder: Path) -> None:
+    process = start(folder, "plugins=[slow_check]")
+    assert process.stdout and process.stdout.readline() == "checking\n"
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=50)
+    assert process.returncode == 130 and time.monotonic() - started < 30
+    assert err.splitlines()[-2:] == ["SIGINT: the run ends now", "interrupted"]
+    assert not (folder / "out").exists()
+
+
+def test_each_process_writes_its_profile_and_eval_needs_no_training_data(folder: Path) -> None:
+    data = yaml.safe_load((folder / "run.yaml").read_text())["data"]["train"][0]["path"]
+    process = start(folder, "dp_size=2", "train.max_steps=4", "--profile", "1")
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    names = sorted(path.name for path in (folder / "out" / "profile").iterdir())
+    assert names == ["trace_rank_0.json", "trace_rank_1.json"]
+    assert all(json.loads((folder / "out" / "profile" / name).read_text())["traceEvents"] for name in names)
+    overrides = ["dp_size=2", "data.train=missing.jsonl", f"data.eval={data}", "--model", "out", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "collie_core", "eval", "run.yaml", *overrides],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["perplexity/tokens"] > 100
