@@ -91,7 +91,7 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
     One that has nothing left to do (`session.done`) is opened without the model.
     """
     from collie_core.checkpoint.manager import CheckpointManager
-    from collie_core.checkpoint.rng import restore_rng
+    from collie_core.checkpoint.rng import restore_rng_of_rank
     from collie_core.monitors.metrics_file import MetricsFile
     from collie_core.together import from_first
     from collie_core.train.data import open_dataset, open_evaluators, open_reader, required_dataset
@@ -142,13 +142,13 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
             done=from_first(lambda: is_finished(run, checkpoint), run.control),
         )
         if not session.done:
-            state = {} if checkpoint is None else checkpoint.state()
-            if checkpoint is not None:
+            state = None if checkpoint is None else checkpoint.state()
+            if state is not None:
                 reader.restore(state["position"])
                 session.position = state["position"]
             _prepare(session, checkpoint)
-            if len(state.get("rng", ())) == run.world_size:
-                restore_rng(state["rng"][run.rank])
+            if state is not None:
+                restore_rng_of_rank(state, config, run.rank)
         if not exists:
             from_first(lambda: lock_new(run, stack), run.control)
         yield session
