@@ -28,8 +28,7 @@ def fail(error: BaseException) -> None:
 
 
 def cases(rank: int) -> dict[str, Callable[[], Any]]:
-    places = {("train", "epochs"): "train.yaml:3"}
-    located = ConfigProblems([(("train", "epochs"), "is too many")], lambda path: places[path])
+    located = ConfigProblems([(("train", "epochs"), "is too many")], lambda path: "train.yaml:3")
     return {
         "value": lambda: from_first_on_node(lambda: rank + 5),
         "config": lambda: from_first(lambda: fail(located)),
