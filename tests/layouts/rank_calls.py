@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from layout_jobs import replicas_callback
 from torch import Tensor, nn
 
@@ -33,6 +34,18 @@ def own_models(config: dict[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     callbacks = [replicas_callback(out.with_suffix(".replicas.json"))]
     Trainer(CollieConfig(**config), model=model, callbacks=callbacks).train()
+
+
+def count_losses(config: dict[str, Any]) -> None:
+    """Train, and write how often this rank has computed the loss."""
+    calls = []
+
+    def loss_fn(logits: Tensor, labels: Tensor) -> Tensor:
+        calls.append(labels.shape)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+    Trainer(CollieConfig(**config), loss_fn=loss_fn).train()
+    Path(config["output_dir"]).with_suffix(f".{dist.get_rank()}.json").write_text(json.dumps(len(calls)))
 
 
 def missing_gradients(config: dict[str, Any]) -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from layout_jobs import Training, run_job
+from torch import nn
 
-from collie_core.errors import PluginError
+from collie_core.errors import ConfigError, PluginError
+from collie_core.layouts.native import NativeLayoutPlugin
 from collie_core.layouts.ties import check_ties, tied_over_ends
+from collie_core.layouts.zero import shard
+from collie_core.models.loading import cast, persistent_buffers
 from collie_core.plugin import ParallelPlan
 
 APART = {name: name for name in ("embed.words.weight", "blocks.a.w", "blocks.b.w", "head.out.weight")}
@@ -47,3 +53,26 @@ def test_a_plan_ties_what_the_module_ties() -> None:
         check_ties(plan, APART)
     with pytest.raises(PluginError, match=r"the module has no head\.out\.weight"):
         check_ties(plan, {"embed.words.weight": "embed.words.weight"})
+
+
+def test_zero_refuses_a_parameter_without_dimensions_by_name() -> None:
+    stage: Any = nn.Linear(2, 2)
+    stage.scale = nn.Parameter(torch.tensor(1.0))
+    grid: Any = None  # not asked before
+    with pytest.raises(ConfigError, match="cannot cut scale, .* set zero_stage: 0"):
+        shard(stage, grid, NativeLayoutPlugin.Options(zero_stage=3))
+
+
+def test_only_what_a_checkpoint_holds_is_cast() -> None:
+    """Rotary frequencies in bf16 would put long sequences in wrong places."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("kept", torch.ones(2))
+    model.register_buffer("made", torch.ones(2), persistent=False)
+    cast(model, torch.bfloat16)
+    assert {name: t.dtype for name, t in (*model.named_parameters(), *model.named_buffers())} == {
+        "weight": torch.bfloat16,
+        "bias": torch.bfloat16,
+        "kept": torch.bfloat16,
+        "made": torch.float32,
+    }
+    assert list(persistent_buffers(model)) == ["kept"]

@@ -52,6 +52,18 @@ def test_offloaded_gradients_of_micro_batches_are_added_in_fp32(
     assert largest_difference(weights(one.out), weights(other.out)) == 0.0
 
 
+def test_kept_gradients_need_no_pass_for_their_norm(
+    tmp_path: Path, make_llama: Callable[..., Path], data: Path
+) -> None:
+    train = {"gradient_accumulation_steps": 1, "max_steps": 2}
+    lomo = {"name": "lomo", "lr": 0.1, "clip_grad_norm": 0.5, "clip_mode": "two_pass"}
+    for layout, passes in (("dp2_offload", 1), ("dp2_zero3", 2)):
+        config = base_config(make_llama(), data, tmp_path / layout, layout, optimizer=lomo, train=train)
+        run_job(tmp_path / f"job_{layout}", layout, [Training(config, ["call count_losses"])])
+        counts = [json.loads((tmp_path / f"{layout}.{rank}.json").read_text()) for rank in (0, 1)]
+        assert counts == [2 * passes] * 2
+
+
 class Recording:
     """An optimizer that changes nothing and keeps the gradients that it was given."""
 
