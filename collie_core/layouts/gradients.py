@@ -197,15 +197,17 @@ class _Sum:
         """gradients: of some of the shards; they are taken out."""
         self._shards = shards
         sizes = [shard.local.numel() for shard in shards]
-        self._buffer = shards[0].local.new_zeros(
-            sum(sizes) + len(shards), dtype=torch.float32, requires_grad=False
-        )
-        *self._parts, self._having = self._buffer.split([*sizes, len(shards)])
+        local = shards[0].local
+        self._buffer = torch.empty(sum(sizes) + len(sizes), dtype=torch.float32, device=local.device)
+        *self._parts, self._having = self._buffer.split([*sizes, len(sizes)])
+        self._having.fill_(1.0)
         self._missing = {shard.name for shard in shards} - gradients.keys()
         for index, (shard, part) in enumerate(zip(shards, self._parts, strict=True)):
-            if shard.name not in self._missing:
+            if shard.name in self._missing:
+                part.zero_()
+                self._having[index].zero_()
+            else:
                 part.copy_(gradients.pop(shard.name).reshape(-1))
-                self._having[index].fill_(1.0)
         *first, last = groups
         for group in first:
             dist.all_reduce(self._buffer, group=group)
