@@ -4,22 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
-from importlib import metadata
 from typing import Any
-
-LIBRARIES = (
-    "collie-core",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "pluggy",
-    "pydantic",
-    "huggingface-hub",
-    "numpy",
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,13 +38,8 @@ def findings() -> dict[str, Any]:
 
     from collie_core.ops import select_ops
     from collie_core.registry import LoadedPlugin, Registry, namespace_blockers
+    from collie_core.versions import versions
 
-    versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     facts = {"device": torch.cuda.get_device_name() if cuda else "cpu", "threads": torch.get_num_threads()}
@@ -75,4 +56,4 @@ def findings() -> dict[str, Any]:
     operations = select_ops(
         attention="auto", cross_entropy="auto", use_flash="auto", device=device
     ).describe()
-    return {"versions": versions, "device": facts, "operations": operations, "problems": problems}
+    return {"versions": versions(), "device": facts, "operations": operations, "problems": problems}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,3 +32,12 @@ EVALUATORS: dict[str, Callable[[Batches], Evaluator]] = {"perplexity": perplexit
 def make_evaluators(config: CollieConfig, batches: Batches) -> dict[str, Evaluator]:
     """The config's evaluators by name."""
     return {section.name: EVALUATORS[section.name](batches) for section in config.evaluate.evaluators}
+
+
+def run_evaluators(evaluators: Mapping[str, Evaluator], layout: Layout) -> dict[str, float]:
+    """Every figure of every evaluator, under `<evaluator>/<figure>`."""
+    return {
+        f"{name}/{figure}": value
+        for name, evaluator in evaluators.items()
+        for figure, value in evaluator(layout).items()
+    }

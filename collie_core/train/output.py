@@ -8,11 +8,11 @@ import platform
 import shutil
 import sys
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collie_core.files import write_json_atomic, write_text_atomic
+from collie_core.versions import versions
 
 if TYPE_CHECKING:
     from collie_core.hookspecs import Layout, ModelProvider
@@ -37,7 +37,7 @@ def write_run_json(run: Run, plugins: RunPlugins) -> None:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "plugins": plugins.provenance(),
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": versions(),
         "hardware": {
             "device": str(run.device),
             "name": torch.cuda.get_device_name(run.device)
@@ -53,16 +53,6 @@ def write_run_json(run: Run, plugins: RunPlugins) -> None:
         "resolved": run.resolved,
     }
     write_json_atomic(run.output_dir / "run.json", content)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("collie-core", "torch", "transformers", "safetensors", "pluggy", "pydantic", "numpy"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def checkpoint_state(run: Run, position: Any, data_fingerprint: str) -> dict[str, Any]:

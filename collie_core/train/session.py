@@ -91,15 +91,13 @@ class Session:
 
     def evaluate(self) -> dict[str, float]:
         """Run every evaluator on the evaluation data; results under `<evaluator>/<figure>`."""
+        from collie_core.train.evaluation import run_evaluators
+
         if not self.evaluators:
             return {}
         run = self.run
         self.plugins.broadcast("collie_evaluate_start", run=run, step=run.step)
-        results = {
-            f"{name}/{figure}": value
-            for name, evaluator in self.evaluators.items()
-            for figure, value in evaluator(self.layout).items()
-        }
+        results = run_evaluators(self.evaluators, self.layout)
         self.log(run.step, results)
         self.last_evaluation = results
         self.plugins.broadcast("collie_evaluate_end", run=run, step=run.step, metrics=results)

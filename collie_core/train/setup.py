@@ -14,6 +14,16 @@ from collie_core.config.checks import check_config, processes
 from collie_core.config.problems import ConfigProblems, Key
 from collie_core.errors import ConfigError, nearest
 from collie_core.registry import Registry, RunPlugins, SelectedPlugin
+from collie_core.train.data import open_dataset, open_evaluators, open_reader, required_dataset
+from collie_core.train.model import check_model, open_model, without_adapters
+from collie_core.train.resume import (
+    checkpoint_to_resume,
+    is_finished,
+    lock_existing,
+    lock_new,
+    same_data,
+    settled,
+)
 
 if TYPE_CHECKING:
     from collie_core.checkpoint.folder import Checkpoint
@@ -91,19 +101,8 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
     One that has nothing left to do (`session.done`) is opened without the model.
     """
     from collie_core.checkpoint.manager import CheckpointManager
-    from collie_core.checkpoint.rng import restore_rng_of_rank
     from collie_core.monitors.metrics_file import MetricsFile
     from collie_core.together import from_first
-    from collie_core.train.data import open_dataset, open_evaluators, open_reader, required_dataset
-    from collie_core.train.model import check_model, open_model, without_adapters
-    from collie_core.train.resume import (
-        checkpoint_to_resume,
-        is_finished,
-        lock_existing,
-        lock_new,
-        same_data,
-        settled,
-    )
     from collie_core.train.session import Session
 
     config = trainer.config
@@ -142,13 +141,7 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
             done=from_first(lambda: is_finished(run, checkpoint), run.control),
         )
         if not session.done:
-            state = None if checkpoint is None else checkpoint.state()
-            if state is not None:
-                reader.restore(state["position"])
-                session.position = state["position"]
             _prepare(session, checkpoint)
-            if state is not None:
-                restore_rng_of_rank(state, config, run.rank)
         if not exists:
             from_first(lambda: lock_new(run, stack), run.control)
         yield session
@@ -158,8 +151,7 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
 def open_evaluation(trainer: Trainer) -> Iterator[Callable[[], dict[str, float]]]:
     """A function that runs every evaluator; nothing is written."""
     from collie_core.models.adapters import select_adapters
-    from collie_core.train.data import open_evaluators, required_dataset
-    from collie_core.train.model import open_model
+    from collie_core.train.evaluation import run_evaluators
 
     with ExitStack() as stack:
         run, plugins = _new_run(trainer, stack)
@@ -173,15 +165,7 @@ def open_evaluation(trainer: Trainer) -> Iterator[Callable[[], dict[str, float]]
         adapters = [plugins.call_one(plugin, "collie_adapter", run=run) for plugin in selected]
         layout.prepare(provider, adapters, None)
         evaluators = open_evaluators(run, data)
-
-        def evaluate() -> dict[str, float]:
-            return {
-                f"{name}/{figure}": value
-                for name, evaluator in evaluators.items()
-                for figure, value in evaluator(layout).items()
-            }
-
-        yield evaluate
+        yield lambda: run_evaluators(evaluators, layout)
 
 
 def _new_run(trainer: Trainer, stack: ExitStack) -> tuple[Run, RunPlugins]:
@@ -246,7 +230,13 @@ def _open_layout(run: Run, plugins: RunPlugins, stack: ExitStack) -> Layout:
 
 
 def _prepare(session: Session, checkpoint: Checkpoint | None) -> None:
-    """Give the layout its model and optimizer, and what the checkpoint holds of both."""
+    """Give the layout its model and optimizer, and put everything where the checkpoint says."""
+    from collie_core.checkpoint.rng import restore_rng_of_rank
+
+    state = None if checkpoint is None else checkpoint.state()
+    if state is not None:
+        session.position = state["position"]
+        session.reader.restore(session.position)
     run, plugins, layout = session.run, session.plugins, session.layout
     optimizer_plugin = plugins.of_kind("optimizer")[0]
     run.resolved["optimizer.lr"] = session.base_lr
@@ -261,6 +251,8 @@ def _prepare(session: Session, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None:
         layout.load(checkpoint.path)
     plugins.broadcast("collie_model_loaded", run=run, model=layout.model)
+    if state is not None:
+        restore_rng_of_rank(state, run.config, run.rank)
 
 
 def _base_lr(run: Run, plugins: RunPlugins) -> float:
