@@ -217,3 +217,24 @@ def test_what_does_not_fit_the_model_is_refused_before_the_data_are_read(
     cfg = config(tiny_llama, tmp_path / "none.jsonl", tmp_path / "out", **changes)
     with pytest.raises(UserError):
         Trainer(cfg, train_dataset=Unread([{"text": "a"}])).train()
+
+
+def test_what_each_stretch_of_a_pipeline_recomputes_is_its_own(tiny_llama: Path, tmp_path: Path) -> None:
+    from collie_core.layouts.recompute import runner_for
+
+    class Block(torch.nn.Linear):
+        calls = 0
+
+        def forward(self, h: torch.Tensor, context: Any = None) -> torch.Tensor:
+            Block.calls += 1
+            return super().forward(h).tanh()
+
+    run = Run(config(tiny_llama, tmp_path / "none.jsonl", tmp_path / "out"), tmp_path, torch.device("cpu"))
+    run.resolved["activation_checkpointing"] = {"0": 2, "2": 1}
+    calls = []
+    for begin in (0, 2, 4):  # the last one was not measured, and the CPU recomputes nothing by itself
+        Block.calls = 0
+        run_blocks = runner_for([Block(3, 3), Block(3, 3)], run, begin=begin, total=6)
+        run_blocks(torch.ones(1, 3, requires_grad=True), None).sum().backward()  # type: ignore[arg-type]
+        calls.append(Block.calls)
+    assert calls == [4, 3, 2]
