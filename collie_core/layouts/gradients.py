@@ -42,16 +42,18 @@ class GradientFlow:
         shards: Mapping[str, Shard] | None = None,
         world: Axis | None = None,
         hooked: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         """parameters: those of the module, by name.  shards: this rank's part of each, under the same names.
         world: all ranks, over which the norm is completed.  hooked: false where gradients are still on their
-        way to host memory when a hook would fire; they are then taken by `flush`."""
+        way to host memory when a hook would fire; they are then taken by `flush`.  device: where gradients
+        are when they are used, for a rank that trains nothing."""
         self.shards = shards or {name: Shard.whole(name, p) for name, p in parameters.items()}
         self.parameters = dict(parameters)
         self.mode: Mode = "accumulate"
         self.finite: Tensor | None = None
         self.update: Update | None = None
-        self._world = world
+        self._world, self._device = world, device
         self._squares: list[Tensor] = []
         self._sums: dict[str, Tensor] = {}
         self._taken: set[str] = set()
@@ -117,7 +119,7 @@ class GradientFlow:
             handle.remove()
 
     def _zero(self) -> Tensor:
-        device = next((shard.local.device for shard in self.shards.values()), None)
+        device = next((shard.local.device for shard in self.shards.values()), self._device)
         return torch.zeros((), device=device)
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
