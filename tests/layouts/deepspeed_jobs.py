@@ -49,7 +49,8 @@ def run(training: dict[str, Any]) -> None:
     trainer.train()
     if "prompt" in training:
         ids = torch.tensor([training["prompt"]])
-        with open_training(Trainer(config)) as session:
+        more = training["config"]["train"] | {"epochs": 99, "max_steps": 99}  # one that is done has no model
+        with open_training(Trainer(CollieConfig(**training["config"] | {"train": more}))) as session:
             found = session.layout.generate(ids, max_new_tokens=8, eos_token_id=-1).tolist()
         if first:
             print(json.dumps(found), flush=True)
