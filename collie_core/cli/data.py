@@ -143,7 +143,8 @@ def _print(dataset: TokenizedDataset, shown: range, tokenizer: Any, figures: dic
         ids, labels = _record(dataset, record)
         trained = [label != IGNORED for label in labels]
         console.print(
-            Text(f"{dataset.origin(record)}: {len(ids)} tokens, {sum(trained)} trained", style="bold")
+            Text(f"{dataset.origin(record)}: {len(ids)} tokens, {sum(trained)} trained", style="bold"),
+            soft_wrap=True,  # a path is one word
         )
         text = Text()
         for piece in pieces(ids, trained, tokenizer):
