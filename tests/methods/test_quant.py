@@ -149,6 +149,7 @@ from collie_core.models.auto import build_model
 from collie_core.models.provider import select_provider
 from collie_core.models.sources import load_selected
 from collie_methods.quant.adapter import Quantiser
+from collie_methods.quant.formats import Nf4
 from collie_methods.quant.plugin import QuantOptions
 selected = select_provider(sys.argv[1])
 model = build_model(selected)
@@ -156,6 +157,7 @@ if sys.argv[2] == "nf4":
     Quantiser("nf4", QuantOptions()).adapt(model)
 def peak():  # of this program; getrusage's is that of the process it was forked from, where larger
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
+Nf4(64, {}).pack(torch.ones(8, 1024))  # what the libraries take once
 before = peak()
 load_selected(model, selected, device="cpu", dtype=torch.bfloat16)
 print(peak() - before)

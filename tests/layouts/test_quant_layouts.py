@@ -19,6 +19,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+METHODS, UNDER = list(VARIANTS), ["dp2_zero3", "pp2", "tp2_sp"]
+
+
 def trainings(folder: Path, layout: str, model: Path, data: Path) -> dict[str, Training]:
     return {
         name: Training(
@@ -39,7 +42,7 @@ def alone(
     return found
 
 
-@pytest.mark.parametrize("layout", ["dp2_zero3", "pp2", "tp2_sp"])
+@pytest.mark.parametrize("layout", UNDER)
 def test_a_layout_gives_what_one_process_gives(
     layout: str, alone: dict[str, Training], tmp_path: Path, make_llama: Callable[..., Path], data: Path
 ) -> None:
