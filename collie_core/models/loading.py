@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from collie_core.errors import CheckpointError, PluginError
-from collie_core.models.packed import Packing, pack_piece, pack_rows, packings, unpacked_shape
+from collie_core.models.packed import Packing, pack_piece, packings, unpacked_shape
 from collie_core.models.weight_files import write_safetensors_sharded
 from collie_core.models.weight_map import Ignore, Merge, Rename, Split, WeightRule
 from collie_core.shard import Piece
@@ -76,7 +76,11 @@ def _load_rule(
     map_files: bool,
 ) -> None:
     """Fill the targets of one rule."""
-    if isinstance(rule, Rename) and rule.target not in slots.packings:
+    if any(name in slots.packings for name in rule.targets):
+        targets = {n: slots.allocate(n, device, dtype or torch.float32) for n in rule.targets}
+        load_pieces({n: Piece.of(target) for n, target in targets.items()}, [rule], reader, slots.packings)
+        return
+    if isinstance(rule, Rename):
         pages = reader.mapped(rule.source) if map_files else None
         if pages is not None and slots.fits(rule.target, pages, device, dtype):
             slots.replace(rule.target, pages)
@@ -86,11 +90,7 @@ def _load_rule(
         return
     loaded = rule.load({name: reader.get(name) for name in rule.sources})
     for name, tensor in loaded.items():
-        target = slots.allocate(name, device, dtype or tensor.dtype)
-        if name in slots.packings:
-            pack_rows(slots.packings[name], target, tensor.__getitem__)
-        else:
-            target.copy_(tensor)
+        slots.allocate(name, device, dtype or tensor.dtype).copy_(tensor)
 
 
 def load_pieces(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collie_core.models.weight_map import ParallelPlan
     from collie_core.shard import Piece
 
-_CHUNK = 2**19  # elements packed at once; what packs them takes some 25 bytes for each
+_CHUNK = 2**18  # elements packed at once; what packs them takes some 25 bytes for each
 
 
 class Packing(Protocol):
