@@ -202,7 +202,8 @@ class Adapter(Protocol):
     tokens (ids -1, -2, ...) before every record; `adapt` then gives the module an attribute of this name.
     Optional methods: `lr_scale(name)`, a factor of the learning rate of a new parameter;
     `parallel_plan(plan)`, the model's plan with what the adapter changes.  Linears are changed by
-    `add_delta` and embeddings by `adapt_embedding`, so that every layout can cut them.
+    `add_delta` and embeddings by `adapt_embedding`, so that every layout can cut them; `pack_linear` stores
+    a linear's weight packed, frozen, for other adapters to train on top (such an adapter may add nothing).
     """
 
     @property

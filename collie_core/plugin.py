@@ -13,8 +13,16 @@ from collie_core.errors import (
     nearest,
 )
 from collie_core.hookspecs import Adapter, Layout, ModelProvider, Monitor, Optimizer, hookimpl
-from collie_core.models.adapted import AdaptedLinear, Delta, adapt_embedding, add_delta, merge_deltas
+from collie_core.models.adapted import (
+    AdaptedLinear,
+    Delta,
+    adapt_embedding,
+    add_delta,
+    linear_dtype,
+    merge_deltas,
+)
 from collie_core.models.causal_lm import CausalLM
+from collie_core.models.packed import Packing, pack_linear, unpack_linears
 from collie_core.models.weight_map import (
     Ignore,
     Merge,
@@ -51,6 +59,7 @@ __all__ = [
     "Noise",
     "Optimizer",
     "Ops",
+    "Packing",
     "ParallelPlan",
     "ParameterGroup",
     "Piece",
@@ -70,8 +79,11 @@ __all__ = [
     "add_delta",
     "descend",
     "hookimpl",
+    "linear_dtype",
     "merge_deltas",
     "nearest",
+    "pack_linear",
     "round_to",
     "scaled_gradient",
+    "unpack_linears",
 ]

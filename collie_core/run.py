@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,10 +142,16 @@ def whole_shards(model: nn.Module) -> dict[str, Shard]:
     """Shards of a model that nothing cuts."""
     from torch import nn
 
+    from collie_core.models.packed import packings
+
+    packed = packings(model)
     embeddings = {
         id(parameter)
         for module in model.modules()
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters(recurse=False)
     }
-    return {name: Shard.whole(name, p, id(p) in embeddings) for name, p in model.named_parameters()}
+    return {
+        name: replace(Shard.whole(name, p, id(p) in embeddings), packing=packed.get(name))
+        for name, p in model.named_parameters()
+    }

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.distributed import ProcessGroup
 
+    from collie_core.models.packed import Packing
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -45,6 +47,7 @@ class Shard:
     sums: ranks over whose gradients this box's gradient is summed to be complete.
     copies: how many ranks hold this very box.
     embedding: it is a table of token vectors, which is not decayed unless the user says so.
+    packing: how it is stored, where not as numbers; shapes and offsets are those of what is stored.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Shard:
     sums: tuple[ProcessGroup, ...] = ()
     copies: int = 1
     embedding: bool = False
+    packing: Packing | None = None
 
     @classmethod
     def whole(cls, name: str, parameter: nn.Parameter, embedding: bool = False) -> Shard:
@@ -75,12 +79,18 @@ class Shard:
         return partial
 
     def gathered(self) -> Tensor:
-        """The whole parameter, as a new tensor; collective over the ranks that cut it."""
-        if not self.cuts:
-            return self.local.detach().clone()
-        whole = self.local.new_zeros(self.shape, requires_grad=False)
-        whole[Piece(self.local, self.shape, self.offsets).slices] = self.local.detach()
-        return self.sum(whole, range(len(self.shape)))
+        """The whole parameter, as a new tensor, of a packed one its values in fp32; collective over the
+        ranks that cut it."""
+        whole = self.local.detach().clone()
+        if self.cuts:
+            whole = self.local.new_zeros(self.shape, requires_grad=False)
+            whole[Piece(self.local, self.shape, self.offsets).slices] = self.local.detach()
+            whole = self.sum(whole, range(len(self.shape)))
+        if self.packing is None:
+            return whole
+        import torch
+
+        return self.packing.unpack(whole, torch.float32)
 
     def piece(self, state: Tensor, dims: Sequence[int] | None = None) -> Tensor | Piece:
         """A state tensor of this box, whose dimensions are `dims` of the parameter (default: all of them)."""

@@ -99,17 +99,22 @@ def _tests() -> tuple[dict[str, dict[str, Any]], list[tuple[str, list[str], list
     parity = importlib.import_module("test_parity")
     others = importlib.import_module("test_optimizers")
     adapters = importlib.import_module("test_adapters")
+    quant = importlib.import_module("test_quant_layouts")
     layouts = {name: keys for name, (_, keys) in jobs.LAYOUTS.items()}
     return layouts, [
         ("test_parity", list(parity.INSTALLED), list(parity.MANY)),
         ("test_optimizers", list(others.OTHERS), list(others.UNDER)),
         ("test_adapters", adapters.METHODS, adapters.UNDER),
+        ("test_quant_layouts", quant.METHODS, quant.UNDER),
     ]
 
 
 def _problem(kind: str, name: str, keys: dict[str, Any]) -> str | None:
     """Why a method is refused under a layout; None: it is not."""
-    section: dict[str, Any] = {"optimizer": {"name": name}} if kind == "optimizer" else {"adapters": [name]}
+    on_top = ["lora"] if name in ("nf4", "int8") else []  # they train nothing themselves
+    section: dict[str, Any] = {"adapters": [name, *on_top]}
+    if kind == "optimizer":
+        section = {"optimizer": {"name": name}}
     _, _, problems = checked_plugins(CollieConfig(model={"path": "model"}, **section, **keys))
     reasons = [problem.reason if isinstance(problem, Refusal) else problem for problem in problems]
     return "; ".join(reasons) or None

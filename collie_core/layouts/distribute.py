@@ -36,6 +36,7 @@ from collie_core.models.loading import (
     persistent_buffers,
     reset_buffers,
 )
+from collie_core.models.packed import check_blocks, unpacked_size
 from collie_core.models.sources import open_source
 from collie_core.ops import Context
 from collie_core.run import whole_shards
@@ -101,7 +102,8 @@ def place_parts(
         pieces = {
             name: Piece(shard.local, shard.shape, shard.offsets) for name, shard in run.shards.items()
         }
-        load_pieces(pieces | {name: Piece.of(b) for name, b in buffers.items()}, rules, reader)
+        pieces |= {name: Piece.of(buffer) for name, buffer in buffers.items()}
+        load_pieces(pieces, rules, reader, slots.packings)
     initialise_added(run)
     sharded = options.shards_parameters(grid.dp.size)
     return Placed(
@@ -118,7 +120,9 @@ def check_sizes(
     options: NativeLayoutPlugin.Options,
 ) -> None:
     """Raises ConfigError where the sizes do not fit the complete module, which may be on meta."""
-    check_heads(_plan(provider, run, adapters), grid.tp.size)
+    plan = _plan(provider, run, adapters)
+    check_heads(plan, grid.tp.size)
+    check_blocks(model, plan, grid.tp.size)
     _stretches(model, grid, options)
 
 
@@ -197,12 +201,10 @@ def _vocabulary(
 def _stretches(model: Any, grid: Grid, options: NativeLayoutPlugin.Options) -> list[range]:
     """The blocks of each stretch of the pipeline, by the sizes of the complete model."""
 
-    def count(module: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters())
-
-    sizes = [count(block) for block in model.blocks.values()]
+    sizes = [unpacked_size(block) for block in model.blocks.values()]
     total = grid.pp.size * options.stretches(grid.pp.size)
-    return partition(options.pp_partition, sizes, count(model.embed), count(model.head), total)
+    ends = unpacked_size(model.embed), unpacked_size(model.head)
+    return partition(options.pp_partition, sizes, *ends, total)
 
 
 def _keys(model: Any) -> list[str]:

@@ -27,6 +27,7 @@ from collie_core.layouts.collectives import (
     SplitSequence,
 )
 from collie_core.models.adapted import AdaptedEmbedding, AdaptedLinear, Delta
+from collie_core.models.packed import check_blocks, packed_columns
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -163,6 +164,7 @@ class Cutter:
         Raises ConfigError where the sizes cannot be cut, PluginError where the plan names what cannot be.
         """
         check_heads(self.plan, self.tp.size)
+        check_blocks(model, self.plan, self.tp.size)
         done: dict[int, nn.Parameter] = {}  # a tied parameter is cut once
         entrances: dict[str, _Entrance] = {}
         for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -219,12 +221,15 @@ class Cutter:
         if kind == "rows":
             start, length = self.tp.part(module.in_features)
             row = RowLinear(length, module.out_features)
-            row.weight = self._cut(weight_name, module.weight, 1, start, length, shards, done)
+            row.packing = getattr(module, "packing", None)
+            begin, columns = (packed_columns(row.packing, number) for number in (start, length))
+            row.weight = self._cut(weight_name, module.weight, 1, begin, columns, shards, done)
             row.bias, row.tp = module.bias, self.tp
             self._cut_deltas(path, module, row, kind, start, length, 1, shards, done)
             return row
         start, length, copies = self._columns(path, module)
         column = ColumnLinear(module.in_features, length)
+        column.packing = getattr(module, "packing", None)
         column.weight = self._cut(weight_name, module.weight, 0, start, length, shards, done, copies)
         if module.bias is not None:
             column.bias = self._cut(f"{path}.bias", module.bias, 0, start, length, shards, done, copies)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collie_core.errors import ConfigError, PluginError
+from collie_core.models.packed import Packing, packed_product
 
 
 class Delta(nn.Module):
@@ -38,9 +40,14 @@ class Delta(nn.Module):
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear with `adapters`, deltas by the adapter's name, in order; the bias is added after them."""
+    """A linear with `adapters`, deltas by the adapter's name, in order; the bias is added after them.
+
+    packing: how its weight is stored, where that is not as numbers; `unpacked_dtype`: the one it had.
+    """
 
     adapters: nn.ModuleDict
+    packing: Packing | None = None
+    unpacked_dtype: torch.dtype | None = None
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False, device="meta")
@@ -48,17 +55,22 @@ class AdaptedLinear(nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """x (..., inputs) -> (..., outputs), without the bias."""
-        out = F.linear(x, self.weight)
+        out = packed_product(x, self.weight, self.packing) if self.packing else F.linear(x, self.weight)
         for delta in self.adapters.values():
             out = delta(x, out, self)
         return out
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., inputs) -> (..., outputs)."""
-        if not self.adapters:
+        if not self.adapters and self.packing is None:
             return F.linear(x, self.weight, self.bias)
         out = self.product(x)
         return out if self.bias is None else out + self.bias
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight (outputs, inputs), in `dtype`, whether it is packed or not."""
+        weight = self.weight
+        return weight.to(dtype) if self.packing is None else self.packing.unpack(weight.detach(), dtype)
 
     def sum_over_inputs(self, partial: Tensor) -> Tensor:
         """A sum over the inputs that this rank has, completed over all of them."""
@@ -106,15 +118,27 @@ def adapt_embedding(model: nn.Module, path: str, name: str, change: nn.Module) -
 
 def add_delta(model: nn.Module, path: str, name: str, delta: Delta) -> None:
     """Let adapter `name` change the linear at `path`.  Raises PluginError where there already is one."""
-    linear = model.get_submodule(path)
-    assert isinstance(linear, nn.Linear)
-    if not isinstance(linear, AdaptedLinear):
-        plain, linear = linear, AdaptedLinear(linear.in_features, linear.out_features)
-        linear.weight, linear.bias = plain.weight, plain.bias
-        _put(model, path, linear)
+    linear = adapted_linear(model, path)
     if name in linear.adapters:
         raise PluginError(f"{path} already has an adapter named {name!r}")
     linear.adapters[name] = delta
+
+
+def adapted_linear(model: nn.Module, path: str) -> AdaptedLinear:
+    """The linear at `path`, made one that can be adapted."""
+    linear = model.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    if isinstance(linear, AdaptedLinear):
+        return linear
+    made = AdaptedLinear(linear.in_features, linear.out_features)
+    made.weight, made.bias = linear.weight, linear.bias
+    _put(model, path, made)
+    return made
+
+
+def linear_dtype(linear: nn.Linear) -> torch.dtype:
+    """The dtype that a linear's new parameters have: its weight's, were it not packed."""
+    return getattr(linear, "unpacked_dtype", None) or linear.weight.dtype
 
 
 def merge_deltas(model: nn.Module, name: str) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 from collie_core.errors import CheckpointError
 
 ADAPTER_FILE = "adapter_config.json"
+#: beside it, where the model that the adapter is for was packed: the sections of the config that say how
+BASE_FILE = "collie_base.json"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def read_adapters(folders: list[Path]) -> tuple[str, tuple[AdapterSpec, ...]]:
 
     Raises CheckpointError for an unreadable config, or adapters of different models.
     """
-    specs = []
+    specs: list[AdapterSpec] = []
+    packing: dict[str, AdapterSpec] = {}
     bases: dict[str, Path] = {}
     for folder in folders:
         content = _read(folder / ADAPTER_FILE)
@@ -49,11 +52,25 @@ def read_adapters(folders: list[Path]) -> tuple[str, tuple[AdapterSpec, ...]]:
         kind, base = map(str, values)
         bases[base] = folder
         named = {"adapter_name": folder.name} if len(folders) > 1 else {}
+        packing |= {repr(spec): spec for spec in _packing(folder / BASE_FILE)}
         specs.append(AdapterSpec(kind.lower(), {"path": str(folder), **named}))
     if len(bases) > 1:
         told = ", ".join(f"{folder} is for {base}" for base, folder in bases.items())
         raise CheckpointError(f"these adapters do not belong together: {told}")
-    return next(iter(bases)), tuple(specs)
+    return next(iter(bases)), (*packing.values(), *specs)
+
+
+def _packing(path: Path) -> list[AdapterSpec]:
+    """What packs the model that an adapter is for; nothing without the file.  Raises CheckpointError."""
+    sections = _read(path).get("adapters") if path.is_file() else []
+    if not isinstance(sections, list) or not all(
+        isinstance(section, dict) and isinstance(section.get("name"), str) for section in sections
+    ):
+        raise CheckpointError(f"{path}: adapters: expected a list of mappings with a name, got {sections!r}")
+    return [
+        AdapterSpec(section["name"], {key: value for key, value in section.items() if key != "name"})
+        for section in sections
+    ]
 
 
 def _read(path: Path) -> dict[str, Any]:

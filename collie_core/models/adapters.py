@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from collie_core.config.problems import ConfigProblems
 from collie_core.errors import CheckpointError, ConfigError, PluginError
-from collie_core.files import fsync_dir
+from collie_core.files import fsync_dir, json_text
+from collie_core.models.adapter_folder import BASE_FILE
+from collie_core.models.packed import packings
 from collie_core.models.sources import CheckpointReader, load_selected
 from collie_core.registry import Registry, RunPlugins, SelectedPlugin
 from collie_core.run import Run, whole_shards
@@ -28,14 +30,14 @@ if TYPE_CHECKING:
 def adapt(model: nn.Module, adapters: Iterable[Adapter]) -> dict[str, Adapter]:
     """Put adapters on the complete module, in order; who added which parameter.
 
-    Raises PluginError for one that takes a parameter of the model away, or adds none.
+    Raises PluginError for one that takes a parameter of the model away, or neither adds nor packs one.
     """
     added: dict[str, Adapter] = {}
     for adapter in adapters:
-        before = {name for name, _ in model.named_parameters()}
+        before, packed = {name for name, _ in model.named_parameters()}, packings(model).keys()
         adapter.adapt(model)
         after = {name for name, _ in model.named_parameters()}
-        if before - after or not after - before:
+        if before - after or not (after - before or packings(model).keys() - packed):
             lost = min(before - after, default=None)
             what = f"takes {lost} away" if lost else "adds no parameter"
             raise PluginError(f"adapter {type(adapter).__name__} {what}")
@@ -108,10 +110,16 @@ def load_adapted(model: nn.Module, selected: SelectedProvider, **how: Any) -> di
     return run.added
 
 
-def save_adapters(folder: Path, added: Mapping[str, Adapter], tensors: Mapping[str, Tensor]) -> None:
+def save_adapters(
+    folder: Path,
+    added: Mapping[str, Adapter],
+    tensors: Mapping[str, Tensor],
+    base_sections: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """Write the adapters in their libraries' layouts: one into `folder`, several into folders of their names.
 
-    tensors: whole, by parameter name.  The folder appears whole, in the place of an earlier one.
+    tensors: whole, by parameter name.  base_sections: of what packs the model that they are for.
+    The folder appears whole, in the place of an earlier one.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.saving")
@@ -122,6 +130,8 @@ def save_adapters(folder: Path, added: Mapping[str, Adapter], tensors: Mapping[s
             place = aside / adapter.name if len(adapters) > 1 else aside
             place.mkdir(parents=True)
             adapter.save(place, {name: tensors[name] for name in added if added[name] is adapter})
+            if base_sections:
+                (place / BASE_FILE).write_text(json_text({"adapters": list(base_sections)}), encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(aside, folder)

@@ -22,6 +22,7 @@ from collie_core.models.forward import (
 )
 from collie_core.models.generation import generate
 from collie_core.models.loading import Slots
+from collie_core.models.packed import unpack_linears
 from collie_core.ops import Context
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class CausalLM(nn.Module):
             from collie_core.models.adapters import save_adapters
 
             added = {name: self.get_parameter(name).detach() for name in self.adapters}
-            return save_adapters(Path(folder), self.adapters, added)
+            return save_adapters(Path(folder), self.adapters, added, getattr(self, "base_sections", ()))
         origin = self._require_origin("save_pretrained")
         slots = Slots(self)
         tensors = {name: t.detach() for name, t in slots.tensors.items() if name not in slots.copies}
@@ -168,6 +169,7 @@ class CausalLM(nn.Module):
 
         Raises UserError for a kind of adapter that no weights can hold.
         """
+        unpack_linears(self)
         for adapter in dict.fromkeys(self.adapters.values()):
             adapter.merge(self)
         self.adapters = {}

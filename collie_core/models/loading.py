@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from collie_core.errors import CheckpointError, PluginError
+from collie_core.models.packed import Packing, pack_piece, packings, unpacked_shape
 from collie_core.models.weight_files import write_safetensors_sharded
 from collie_core.models.weight_map import Ignore, Merge, Rename, Split, WeightRule
+from collie_core.shard import Piece
 
 if TYPE_CHECKING:
     from collie_core.models.sources import Reader
     from collie_core.safetensors_writer import TensorSpec
-    from collie_core.shard import Piece
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +76,10 @@ def _load_rule(
     map_files: bool,
 ) -> None:
     """Fill the targets of one rule."""
+    if any(name in slots.packings for name in rule.targets):
+        targets = {n: slots.allocate(n, device, dtype or torch.float32) for n in rule.targets}
+        load_pieces({n: Piece.of(target) for n, target in targets.items()}, [rule], reader, slots.packings)
+        return
     if isinstance(rule, Rename):
         pages = reader.mapped(rule.source) if map_files else None
         if pages is not None and slots.fits(rule.target, pages, device, dtype):
@@ -86,12 +93,24 @@ def _load_rule(
         slots.allocate(name, device, dtype or tensor.dtype).copy_(tensor)
 
 
-def load_pieces(pieces: Mapping[str, Piece], rules: Sequence[WeightRule], reader: Reader) -> None:
+def load_pieces(
+    pieces: Mapping[str, Piece],
+    rules: Sequence[WeightRule],
+    reader: Reader,
+    packed: Mapping[str, Packing] = MappingProxyType({}),
+) -> None:
     """Fill this rank's pieces of parameters, by name, from the rules of `match_weights`.
 
     Only the rows that the pieces need are read, where a rule moves rows and does nothing else; the extra
-    host memory is at most one rule's tensors.
+    host memory is at most one rule's tensors.  packed: how those that are not numbers are stored.
     """
+
+    def fill(name: str, piece: Piece, values: Callable[[Piece], None]) -> None:
+        if name in packed:
+            pack_piece(packed[name], piece, values)
+        else:
+            values(piece)
+
     position = {name: number for number, name in enumerate(reader)}
     for rule in sorted(rules, key=lambda rule: position.get(rule.sources[0], 0)):
         wanted = {name: pieces[name] for name in rule.targets if name in pieces}
@@ -101,11 +120,15 @@ def load_pieces(pieces: Mapping[str, Piece], rules: Sequence[WeightRule], reader
         if isinstance(rule, Rename | Split | Merge):
             rows = _source_rows(rule, reader)
             for name, piece in wanted.items():
-                _fill_rows(piece, rows[name], reader)
+                fill(name, piece, partial(_fill_rows, runs=rows[name], reader=reader))
             continue
         loaded = rule.load({name: reader.get(name) for name in rule.sources})
         for name, piece in wanted.items():
-            piece.local.detach().copy_(loaded[name][piece.slices])
+            fill(name, piece, partial(_copy_box, loaded[name]))
+
+
+def _copy_box(whole: Tensor, piece: Piece) -> None:
+    piece.local.detach().copy_(whole[piece.slices])
 
 
 def _source_rows(rule: WeightRule, reader: Reader) -> dict[str, list[tuple[str, int, int]]]:
@@ -157,11 +180,17 @@ class Slots:
         self.tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         persistent = model.state_dict(keep_vars=True)
         self.tensors |= {name: tensor for name, tensor in persistent.items() if name not in self.tensors}
+        self.packings = packings(model)
         first: dict[int, str] = {}
         self.copies: dict[str, str] = {}
         for name, tensor in self.tensors.items():
             if first.setdefault(id(tensor), name) != name:
                 self.copies[name] = first[id(tensor)]
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of a tensor, of a packed one that of the matrix."""
+        shape = self.tensors[name].shape
+        return unpacked_shape(self.packings[name], shape) if name in self.packings else shape
 
     def is_copy(self, rule: WeightRule) -> bool:
         """True where everything that the rule holds is tied to tensors of other names."""
@@ -279,7 +308,8 @@ def _refuse_quantised(slots: Slots, rules: Sequence[WeightRule], reader: Reader)
         name: reader.dtype(name)
         for rule in rules
         for name in rule.sources
-        if name in reader and all(slots.tensors[target].dtype.is_floating_point for target in rule.targets)
+        if name in reader
+        and all(slots.tensors[t].dtype.is_floating_point or t in slots.packings for t in rule.targets)
     }
     quantised = [
         f"{name} ({str(dtype).removeprefix('torch.')})"
@@ -312,7 +342,7 @@ def _shape_problems(slots: Slots, rule: WeightRule, reader: Reader) -> Iterator[
         yield f"{' + '.join(rule.sources)} ({error})"
         return
     for name, tensor in loaded.items():
-        expected = slots.tensors[name].shape
+        expected = slots.shape(name)
         if tensor.shape != expected:
             source = " + ".join(rule.sources)
             yield f"{source} ({list(tensor.shape)} in the file, the config asks for {list(expected)})"

@@ -104,7 +104,8 @@ def export_adapters(run: Run, layout: Layout) -> Path:
 
     tensors = dict(layout.full_tensors(run.added))
     if run.first:
-        save_adapters(final_folder(run), run.added, tensors)
+        sections = getattr(layout.model, "base_sections", ())
+        save_adapters(final_folder(run), run.added, tensors, sections)
     return final_folder(run)
 
 

@@ -71,7 +71,7 @@ class LoraAdapter:
             dora = options.use_dora or any(getattr(o, "magnitude", None) is not None for o in others)
             if others and dora:
                 raise ConfigError(f"{path}: DoRA rescales the whole weight, so no other adapter may be there")
-            least = min(linear.weight.shape)
+            least = min(linear.in_features, linear.out_features)
             if pissa and options.r > least:
                 raise ConfigError(f"r: {options.r} is above the {least} singular values of {path}")
             delta = LoraDelta(

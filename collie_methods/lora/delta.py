@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from collie_core.plugin import AdaptedLinear, Delta
+from collie_core.plugin import AdaptedLinear, Delta, linear_dtype
 
 
 class LoraDelta(Delta):
@@ -30,8 +30,8 @@ class LoraDelta(Delta):
         inputs, outputs = linear.in_features, linear.out_features
 
         def parameter(*shape: int, trained: bool = True) -> nn.Parameter:
-            like = linear.weight
-            return nn.Parameter(torch.empty(shape, device=like.device, dtype=like.dtype), trained)
+            device, dtype = linear.weight.device, linear_dtype(linear)
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), trained)
 
         self.lora_A, self.lora_B = parameter(r, inputs), parameter(outputs, r)
         self.start_A = parameter(r, inputs, trained=False) if pissa else None
@@ -52,7 +52,7 @@ class LoraDelta(Delta):
         if self.magnitude is None:
             return out
         with torch.no_grad():
-            square = _rows(linear.weight.float() + self.scaling * (b.float() @ a.float()))
+            square = _rows(linear.matrix(torch.float32) + self.scaling * (b.float() @ a.float()))
             norm = linear.sum_over_inputs(square).sqrt()
         return out * (self.magnitude / norm.to(self.magnitude.dtype))
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collie_core.hookspecs import Adapter
     from collie_core.run import Run
 
+_NAMED = ("lora", "prompt_tuning", "p_tuning", "prefix_tuning")
 #: options that a folder of `path` may be trained further with
 _BESIDE_PATH = ("path", "adapter_name", "lora_dropout", "loraplus_lr_ratio")
 
@@ -98,7 +99,11 @@ class LoraPlugin:
 
 
 def same_names(run: Run) -> list[str]:
-    """Every adapter of a run needs a name of its own."""
-    names = [section.options.get("adapter_name", "default") for section in run.config.adapters]
+    """Every adapter of a run needs a name of its own, but for those of other plugins that have none."""
+    names = [
+        section.options.get("adapter_name", "default")
+        for section in run.config.adapters
+        if section.name.rpartition(":")[2] in _NAMED or "adapter_name" in section.options
+    ]
     twice = next((name for name in names if names.count(name) > 1), None)
     return [f"adapter_name: {twice!r} is the name of two adapters; give one another"] if twice else []

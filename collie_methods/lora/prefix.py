@@ -21,6 +21,7 @@ from collie_core.plugin import (
     UserError,
     adapt_embedding,
     add_delta,
+    linear_dtype,
 )
 from collie_methods.lora import names
 from collie_methods.lora.files import base_model, write_folder
@@ -44,10 +45,8 @@ class Prefix(Delta):
 
     def __init__(self, count: int, linear: nn.Linear) -> None:
         super().__init__()
-        like = linear.weight
-        self.prefix = nn.Parameter(
-            torch.empty(count, linear.out_features, device=like.device, dtype=like.dtype)
-        )
+        device, dtype = linear.weight.device, linear_dtype(linear)
+        self.prefix = nn.Parameter(torch.empty(count, linear.out_features, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, product: Tensor, linear: AdaptedLinear) -> Tensor:
         """The product."""
