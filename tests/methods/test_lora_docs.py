@@ -9,12 +9,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
 import yaml
 
 from collie_core import CollieConfig
+from collie_core.cli.main import main
 from collie_core.registry.options import validate_options
 from collie_core.train.setup import check_run
 from collie_methods.lora import LoraPlugin, PrefixTuningPlugin, PromptTuningPlugin, PTuningPlugin
@@ -46,7 +48,9 @@ def folder(tiny_llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactor
         shutil.copy(data, path / "data" / f"{name}.jsonl")
     (path / "lora.yaml").write_text(blocks("yaml")[0])
     for line in blocks("bash")[0].splitlines():
-        run(shlex.split(line), path)
+        name, *arguments = shlex.split(line)
+        with chdir(path):
+            assert name == "collie" and main(arguments) == 0, line
     return path
 
 
