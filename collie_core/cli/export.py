@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from collie_core.models.causal_lm import CausalLM
     from collie_core.models.provider import SelectedProvider
 
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from collie_core.errors import UserError
-    from collie_core.models.export import export_pretrained
+    from collie_core.models.export import export_pretrained, require_empty
     from collie_core.models.provider import select_provider
     from collie_core.models.sources import stream_parameters
 
@@ -43,48 +44,40 @@ def run(args: argparse.Namespace) -> int:
     selected = select_provider(args.source, provider=args.provider, revision=args.revision)
     if args.merge and not selected.adapters:
         raise UserError(f"{args.source}: --merge: it has no adapters")
-    if selected.adapters:
-        tensors = _adapted(args, selected, dtype)
-        if tensors is None:
-            return 0
+    require_empty(out)
+    if selected.adapters and not args.merge:
+        if args.relative:
+            raise UserError(f"--as {args.relative}: adapters have no relatives; merge them with --merge")
+        _adapted(selected, dtype).save_pretrained(out)
     else:
-        tensors = stream_parameters(selected, dtype)
-    export_pretrained(
-        out,
-        selected.provider,
-        selected.config,
-        selected.hf_config,
-        tensors,
-        source=selected.path,
-        relative=args.relative,
-    )
+        export_pretrained(
+            out,
+            selected.provider,
+            selected.config,
+            selected.hf_config,
+            _merged(selected, dtype) if args.merge else stream_parameters(selected, dtype),
+            source=selected.path,
+            relative=args.relative,
+        )
     print(out)
     return 0
 
 
-def _adapted(
-    args: argparse.Namespace, selected: SelectedProvider, dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]] | None:
-    """The parameters of the model with its adapters merged; without --merge the adapters are written to OUT.
-
-    Raises UserError where OUT is not empty, or the adapters cannot be merged.
-    """
-    from collie_core.errors import UserError
+def _adapted(selected: SelectedProvider, dtype: torch.dtype | None) -> CausalLM:
+    """The model with its adapters."""
     from collie_core.models.adapters import load_adapted
     from collie_core.models.auto import build_model
-    from collie_core.models.loading import Slots
 
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: expected a new or empty folder, and it is not empty")
-    if args.relative and not args.merge:
-        raise UserError(f"--as {args.relative}: adapters have no relatives; merge them with --merge")
     model = build_model(selected)
     model.adapters = load_adapted(model, selected, device="cpu", dtype=dtype)
-    if not args.merge:
-        model.save_pretrained(out)
-        print(out)
-        return None
+    return model
+
+
+def _merged(selected: SelectedProvider, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of the model with its adapters folded in.  Raises UserError where they cannot be."""
+    from collie_core.models.loading import Slots
+
+    model = _adapted(selected, dtype)
     model.merge_adapters()
     slots = Slots(model)
     return ((name, t.detach()) for name, t in slots.tensors.items() if name not in slots.copies)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from collie_core.errors import UserError, nearest
+from collie_core.cli.listing import show, state
 from collie_core.registry.declarations import Declarations, declared
 from collie_core.registry.discovery import discover, known_plugins
 
 KINDS = ("optimizer", "adapter")
-INSTALLED = ("found", "ok", "duplicate")
 #: bytes of an element
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -49,17 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the methods.  Raises UserError for a name that none has."""
-    found = methods()
-    if args.name is not None:
-        names = [method.name for method in found]
-        found = [method for method in found if method.name == args.name]
-        if not found:
-            raise UserError(f"no optimizer or adapter {args.name!r}{nearest(args.name, names)}")
-    if args.json:
-        print(json.dumps([asdict(method) for method in found], indent=1))
-    else:
-        print("\n".join(line for method in found for line in _lines(method)))
-    return 0
+    return show(args, methods(), "optimizer or adapter", _lines)
 
 
 def methods() -> list[Method]:
@@ -102,13 +90,7 @@ def _method(known: tuple[str, str, str, str, str, str], found: Declarations, pro
 
 def _lines(method: Method) -> list[str]:
     """The method, what it costs, and what it goes together with."""
-    if method.status in INSTALLED:
-        state = f"installed ({method.distribution} {method.version})"
-    elif method.status == "missing":
-        state = f"not installed: {method.problem or f'pip install {method.distribution}'}"
-    else:
-        state = f"{method.status} ({method.distribution} {method.version}): {method.problem}"
-    lines = [f"{method.name}  {method.summary}", f"  {method.kind}, {state}"]
+    lines = [f"{method.name}  {method.summary}", f"  {method.kind}, {state(method)}"]
     weights = "weights 2 bytes a parameter (4 in float32)"
     if method.kind == "adapter":
         lines.append(f"  {weights}; gradients and states of what it adds alone, as the optimizer says")

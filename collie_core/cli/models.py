@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from collie_core.errors import UserError, nearest
+from collie_core.cli.listing import show, state
 from collie_core.registry.declarations import declared
 from collie_core.registry.discovery import discover, known_plugins
 from collie_core.registry.registry import WILDCARD
-
-INSTALLED = ("found", "ok", "duplicate")
 
 
 @dataclass(frozen=True)
@@ -37,17 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the families.  Raises UserError for a name that none has."""
-    found = families()
-    if args.name is not None:
-        names = [family.name for family in found]
-        found = [family for family in found if family.name == args.name]
-        if not found:
-            raise UserError(f"no model family {args.name!r}{nearest(args.name, names)}")
-    if args.json:
-        print(json.dumps([asdict(family) for family in found], indent=1))
-    else:
-        print("\n".join(line for family in found for line in _lines(family)))
-    return 0
+    return show(args, families(), "model family", _lines)
 
 
 def families() -> list[Family]:
@@ -93,13 +80,7 @@ def families() -> list[Family]:
 
 def _lines(family: Family) -> list[str]:
     """The family, what it supports, and a line a checkpoint."""
-    if family.status in INSTALLED:
-        state = f"installed ({family.distribution} {family.version})"
-    elif family.status == "missing":
-        state = f"not installed: {family.problem or f'pip install {family.distribution}'}"
-    else:
-        state = f"{family.status} ({family.distribution} {family.version}): {family.problem}"
-    lines = [f"{family.name}  {family.summary}", f"  {state}"]
+    lines = [f"{family.name}  {family.summary}", f"  {state(family)}"]
     if family.supports:
         lines.append(f"  supports {', '.join(family.supports)}")
     width = max((len(checkpoint["name"]) for checkpoint in family.checkpoints), default=0)

@@ -37,6 +37,12 @@ TOKENIZER_FILES = (
 )
 
 
+def require_empty(folder: Path) -> None:
+    """Raise UserError for what is not a new or empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: expected a new or empty folder, and it is not empty")
+
+
 def export_pretrained(
     folder: Path,
     provider: ModelProvider,
@@ -61,8 +67,8 @@ def export_pretrained(
     Raises UserError for a folder that is not empty, ConfigError for an unknown relative, CheckpointError
     where `tensors` are not those of the model.
     """
-    if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: expected a new or empty folder, and it is not empty")
+    if not replace:
+        require_empty(folder)
     rules, written_config = list(provider.weight_map(config)), dict(hf_config)
     if relative is not None:
         known = provider.export_as
