@@ -14,10 +14,23 @@ if TYPE_CHECKING:
 _NATIVE = {"layout": {"name": "native"}}
 
 
+#: (whether it applies, rule, reason, what works, advice)
+_Row = tuple[bool, str, str, dict[str, Any], str]
+
+
 def refusals(config: CollieConfig, options: DeepSpeedLayoutPlugin.Options) -> list[str]:
     """Every refusal of this config: keys, reason, and what works."""
-    stage, dtype, loss = options.zero_stage, config.model.dtype, config.ops.cross_entropy
-    table: tuple[tuple[bool, str, str, dict[str, Any], str], ...] = (
+    rows = [*_of_layout(config, options), *_of_training(config, options)]
+    found: list[str] = [
+        Refusal(rule, reason, instead, advice) for applies, rule, reason, instead, advice in rows if applies
+    ]
+    return found + _of_optimizer(config, options.zero_stage)
+
+
+def _of_layout(config: CollieConfig, options: DeepSpeedLayoutPlugin.Options) -> list[_Row]:
+    """Of sizes, offloading and dtypes."""
+    stage, dtype = options.zero_stage, config.model.dtype
+    return [
         *(
             (
                 size > 1,
@@ -49,6 +62,13 @@ def refusals(config: CollieConfig, options: DeepSpeedLayoutPlugin.Options) -> li
             {"layout.zero_stage": 1},
             "set zero_stage to 1 or more",
         ),
+    ]
+
+
+def _of_training(config: CollieConfig, options: DeepSpeedLayoutPlugin.Options) -> list[_Row]:
+    """Of the step, the checkpoints and the operations."""
+    stage, loss = options.zero_stage, config.ops.cross_entropy
+    return [
         (
             config.optimizer.clip_grad_value is not None,
             "optimizer.clip_grad_value",
@@ -84,11 +104,7 @@ def refusals(config: CollieConfig, options: DeepSpeedLayoutPlugin.Options) -> li
             {"ops.cross_entropy": "plain"},
             "set it to auto or plain",
         ),
-    )
-    found: list[str] = [
-        Refusal(rule, reason, instead, advice) for applies, rule, reason, instead, advice in table if applies
     ]
-    return found + _of_optimizer(config, stage)
 
 
 def _of_optimizer(config: CollieConfig, stage: int) -> list[str]:

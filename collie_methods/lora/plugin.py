@@ -76,18 +76,10 @@ class LoraPlugin:
                     default, field.name
                 ):
                     found.append(f"{field.name}: the folder of path says it; leave it out")
-        config = run.config
-        partitioned = config.layout.name == "deepspeed" and config.layout.options.get("zero_stage") == 3
-        if partitioned and (options.use_dora or options.init_lora_weights.startswith("pissa")):
+        if options.use_dora or options.init_lora_weights.startswith("pissa"):
             key = "use_dora" if options.use_dora else "init_lora_weights: pissa"
-            found.append(
-                Refusal(
-                    f"adapter lora with {key} and layout deepspeed with zero_stage 3",
-                    "it looks at whole weights, which DeepSpeed has cut",
-                    {"layout": {"name": "native", "zero_stage": 3}},
-                    "set layout to {name: native, zero_stage: 3}, or zero_stage to 2",
-                )
-            )
+            why = "it looks at whole weights, which DeepSpeed has cut"
+            found += deepspeed_zero3(run, f"lora with {key} and", why)
         return found
 
     @hookimpl
@@ -96,6 +88,21 @@ class LoraPlugin:
         from collie_methods.lora.adapter import LoraAdapter
 
         return LoraAdapter(self.options, run)
+
+
+def deepspeed_zero3(run: Run, what: str, reason: str) -> list[str]:
+    """The refusal of DeepSpeed's ZeRO 3; none under another layout or stage."""
+    layout = run.config.layout
+    if layout.name != "deepspeed" or layout.options.get("zero_stage") != 3:
+        return []
+    return [
+        Refusal(
+            f"adapter {what} layout deepspeed with zero_stage 3",
+            reason,
+            {"layout": {"name": "native", "zero_stage": 3}},
+            "set layout to {name: native, zero_stage: 3}, or zero_stage to 2",
+        )
+    ]
 
 
 def same_names(run: Run) -> list[str]:

@@ -6,13 +6,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from collie_core.errors import Refusal
 from collie_core.hookspecs import hookimpl
-from collie_methods.lora.plugin import same_names
+from collie_methods.lora.plugin import deepspeed_zero3, same_names
 
 if TYPE_CHECKING:
     from collie_core.hookspecs import Adapter
@@ -58,44 +57,13 @@ class PrefixTuningOptions(VirtualOptions):
     init_weights: Literal["normal", "zero"] = "normal"
 
 
-class PromptTuningPlugin:
-    """Prompt tuning: trained vectors before every record (Lester et al. 2021, arXiv 2104.08691)."""
+class _VirtualPlugin:
+    """What the plugins below have in common."""
 
     collie_api = 1
     supports = ("zero", "tp", "pp", "deepspeed", "packing")
-    default_lr_factor = 100.0  # vectors of few tokens: peft's examples take 1e-3 to 3e-2 with AdamW
-    Options = PromptTuningOptions
 
-    def __init__(self, options: PromptTuningOptions) -> None:
-        self.options, self.virtual_tokens = options, _virtual_tokens(options)
-
-    @hookimpl
-    def collie_check(self, run: Run) -> list[str]:
-        """Options that contradict each other, the data or the layout."""
-        options, found = self.options, list(_problems(run, self.virtual_tokens))
-        if (options.prompt_tuning_init == "text") != (options.prompt_tuning_init_text is not None):
-            found.append("prompt_tuning_init: text needs prompt_tuning_init_text, and no other does")
-        if options.prompt_tuning_init != "random" and options.path is None:
-            found += _partitioned(run, "prompt_tuning", "its first vectors are the model's, which are cut")
-        return found
-
-    @hookimpl
-    def collie_adapter(self, run: Run) -> Adapter:
-        """The adapter of this run."""
-        from collie_methods.lora.prompts import PromptAdapter
-
-        return PromptAdapter(self.options, run)
-
-
-class PTuningPlugin:
-    """P-tuning: vectors before every record, from a trained encoder (Liu et al. 2021, arXiv 2103.10385)."""
-
-    collie_api = 1
-    supports = ("zero", "tp", "pp", "deepspeed", "packing")
-    default_lr_factor = 10.0
-    Options = PTuningOptions
-
-    def __init__(self, options: PTuningOptions) -> None:
+    def __init__(self, options: Any) -> None:
         self.options, self.virtual_tokens = options, _virtual_tokens(options)
 
     @hookimpl
@@ -111,22 +79,42 @@ class PTuningPlugin:
         return PromptAdapter(self.options, run)
 
 
-class PrefixTuningPlugin:
+class PromptTuningPlugin(_VirtualPlugin):
+    """Prompt tuning: trained vectors before every record (Lester et al. 2021, arXiv 2104.08691)."""
+
+    default_lr_factor = 100.0  # vectors of few tokens: peft's examples take 1e-3 to 3e-2 with AdamW
+    Options = PromptTuningOptions
+
+    @hookimpl
+    def collie_check(self, run: Run) -> list[str]:
+        """Options that contradict each other, the data or the layout."""
+        options, found = self.options, super().collie_check(run)
+        if (options.prompt_tuning_init == "text") != (options.prompt_tuning_init_text is not None):
+            found.append("prompt_tuning_init: text needs prompt_tuning_init_text, and no other does")
+        if options.prompt_tuning_init != "random" and options.path is None:
+            why = "its first vectors are the model's, which are cut"
+            found += deepspeed_zero3(run, "prompt_tuning with", why)
+        return found
+
+
+class PTuningPlugin(_VirtualPlugin):
+    """P-tuning: vectors before every record, from a trained encoder (Liu et al. 2021, arXiv 2103.10385)."""
+
+    default_lr_factor = 10.0
+    Options = PTuningOptions
+
+
+class PrefixTuningPlugin(_VirtualPlugin):
     """Prefix tuning: keys and values before every record (Li and Liang 2021, arXiv 2101.00190)."""
 
-    collie_api = 1
-    supports = ("zero", "tp", "pp", "deepspeed", "packing")
     default_lr_factor = 100.0
     Options = PrefixTuningOptions
-
-    def __init__(self, options: PrefixTuningOptions) -> None:
-        self.options, self.virtual_tokens = options, _virtual_tokens(options)
 
     @hookimpl
     def collie_check(self, run: Run) -> list[str]:
         """What contradicts the data or the layout."""
-        found = list(_problems(run, self.virtual_tokens))
-        return found + _partitioned(run, "prefix_tuning", "it is used where DeepSpeed has not gathered it")
+        why = "it is used where DeepSpeed has not gathered it"
+        return super().collie_check(run) + deepspeed_zero3(run, "prefix_tuning with", why)
 
     @hookimpl
     def collie_adapter(self, run: Run) -> Adapter:
@@ -158,17 +146,3 @@ def _problems(run: Run, count: int) -> Iterator[str]:
     virtual = [kind for kind in kinds if kind in ("prompt_tuning", "p_tuning", "prefix_tuning")]
     if len(virtual) > 1:
         yield f"{' and '.join(virtual)}: one adapter alone can put virtual tokens before a record"
-
-
-def _partitioned(run: Run, name: str, reason: str) -> list[str]:
-    layout = run.config.layout
-    if layout.name != "deepspeed" or layout.options.get("zero_stage") != 3:
-        return []
-    return [
-        Refusal(
-            f"adapter {name} with layout deepspeed with zero_stage 3",
-            reason,
-            {"layout": {"name": "native", "zero_stage": 3}},
-            "set layout to {name: native, zero_stage: 3}, or zero_stage to 2",
-        )
-    ]

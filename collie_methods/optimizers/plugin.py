@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -68,85 +69,102 @@ class AdamW8bitOptions(BackwardOptions):
     eps: Positive = 1e-8
 
 
-class LionPlugin:
-    """Lion: the sign of a momentum (Chen et al. 2023, arXiv 2302.06675)."""
+class _RuledPlugin(ABC):
+    """What the plugins below have in common."""
 
     collie_api = 1
-    default_lr = 3e-6
-    state_bytes = {"": {"element": 4}, "state_dtype: bfloat16": {"element": 2}}
-    supports = ("zero", "tp", "pp", "adapters", "state_dtype", "in_backward")
-    Options = LionOptions
+    default_lr: float
+    default_weight_decay = 0.0
+    supports: tuple[str, ...] = ("zero", "tp", "pp", "adapters", "state_dtype", "in_backward")
 
-    def __init__(self, options: LionOptions) -> None:
+    def __init__(self, options: Any) -> None:
         self.options = options
 
     @hookimpl
     def collie_optimizer(self, model: nn.Module, layout: Layout, run: Run) -> Optimizer:
         """The optimizer over the final parameters of `model`."""
+        import torch
+
+        from collie_methods.optimizers.stores import Plain
+
+        options = self.options
+        dtype = getattr(torch, getattr(options, "state_dtype", "float32"))
+        return self.make(
+            {
+                "groups": run.parameter_groups(model, self.default_lr, self.default_weight_decay),
+                "store": lambda shard, key, signed: Plain(shard, key, dtype),
+                "in_backward": options.in_backward,
+                "two_pass": layout.needs_norm and options.clip_mode != "keep",
+                "clip_grad_value": run.config.optimizer.clip_grad_value,
+                "seed": run.seed,
+            }
+        )
+
+    @abstractmethod
+    def make(self, arguments: dict[str, Any]) -> Optimizer:
+        """The optimizer; arguments: RuledOptimizer's, but for the rule."""
+
+
+class LionPlugin(_RuledPlugin):
+    """Lion: the sign of a momentum (Chen et al. 2023, arXiv 2302.06675)."""
+
+    default_lr = 3e-6
+    state_bytes = {"": {"element": 4}, "state_dtype: bfloat16": {"element": 2}}
+    Options = LionOptions
+    options: LionOptions
+
+    def make(self, arguments: dict[str, Any]) -> Optimizer:
+        """See the base class."""
         from collie_methods.optimizers.optimizer import RuledOptimizer
         from collie_methods.optimizers.rules import Lion
 
-        return RuledOptimizer(rule=Lion(*self.options.betas), **_arguments(self, model, layout, run))
+        return RuledOptimizer(rule=Lion(*self.options.betas), **arguments)
 
 
-class AdanPlugin:
+class AdanPlugin(_RuledPlugin):
     """Adan: adaptive Nesterov momentum (Xie et al. 2022, arXiv 2208.06677)."""
 
-    collie_api = 1
     default_lr = 5e-5
     state_bytes = {"": {"element": 16}, "state_dtype: bfloat16": {"element": 8}}
-    supports = ("zero", "tp", "pp", "adapters", "state_dtype", "in_backward")
     Options = AdanOptions
+    options: AdanOptions
 
-    def __init__(self, options: AdanOptions) -> None:
-        self.options = options
-
-    @hookimpl
-    def collie_optimizer(self, model: nn.Module, layout: Layout, run: Run) -> Optimizer:
-        """The optimizer over the final parameters of `model`."""
+    def make(self, arguments: dict[str, Any]) -> Optimizer:
+        """See the base class."""
         from collie_methods.optimizers.optimizer import RuledOptimizer
         from collie_methods.optimizers.rules import Adan
 
         rule = Adan(*self.options.betas, self.options.eps)
-        return RuledOptimizer(rule=rule, **_arguments(self, model, layout, run))
+        return RuledOptimizer(rule=rule, **arguments)
 
 
-class SophiaGPlugin:
+class SophiaGPlugin(_RuledPlugin):
     """SophiaG: momentum over a clipped estimate of the Hessian (Liu et al. 2023, arXiv 2305.14342)."""
 
-    collie_api = 1
     default_lr = 1e-5
     state_bytes = {"": {"element": 8}, "state_dtype: bfloat16": {"element": 4}}
-    supports = ("zero", "tp", "pp", "adapters", "state_dtype", "in_backward")
     Options = SophiaGOptions
+    options: SophiaGOptions
 
-    def __init__(self, options: SophiaGOptions) -> None:
-        self.options = options
-
-    @hookimpl
-    def collie_optimizer(self, model: nn.Module, layout: Layout, run: Run) -> Optimizer:
-        """The optimizer over the final parameters of `model`."""
+    def make(self, arguments: dict[str, Any]) -> Optimizer:
+        """See the base class."""
         from collie_methods.optimizers.rules import SophiaG
         from collie_methods.optimizers.sophia import SophiaGOptimizer
 
         options = self.options
         rule = SophiaG(*options.betas, options.gamma, options.eps)
-        arguments = _arguments(self, model, layout, run)
         return SophiaGOptimizer(rule=rule, every=options.hessian_every, **arguments)
 
 
-class AdamW8bitPlugin:
+class AdamW8bitPlugin(_RuledPlugin):
     """AdamW with 8-bit states (Dettmers et al. 2021, arXiv 2110.02861), on CUDA, by bitsandbytes."""
 
-    collie_api = 1
     default_lr = 2e-5
     default_weight_decay = 0.01
     state_bytes = {"": {"matrix element": 2.03125, "vector element": 8}}
     supports = ("zero", "pp", "adapters", "in_backward")
     Options = AdamW8bitOptions
-
-    def __init__(self, options: AdamW8bitOptions) -> None:
-        self.options = options
+    options: AdamW8bitOptions
 
     @hookimpl
     def collie_check(self, run: Run) -> list[str]:
@@ -178,31 +196,11 @@ class AdamW8bitPlugin:
             )
         return found
 
-    @hookimpl
-    def collie_optimizer(self, model: nn.Module, layout: Layout, run: Run) -> Optimizer:
-        """The optimizer over the final parameters of `model`."""
+    def make(self, arguments: dict[str, Any]) -> Optimizer:
+        """See the base class."""
         from collie_methods.optimizers.optimizer import RuledOptimizer
         from collie_methods.optimizers.rules import AdamW
         from collie_methods.optimizers.stores import eight_bit
 
         rule = AdamW(*self.options.betas, self.options.eps)
-        arguments = _arguments(self, model, layout, run) | {"store": eight_bit}
-        return RuledOptimizer(rule=rule, **arguments)
-
-
-def _arguments(plugin: Any, model: nn.Module, layout: Layout, run: Run) -> dict[str, Any]:
-    """RuledOptimizer's, but for the rule."""
-    import torch
-
-    from collie_methods.optimizers.stores import Plain
-
-    options, decay = plugin.options, getattr(plugin, "default_weight_decay", 0.0)
-    dtype = getattr(torch, getattr(options, "state_dtype", "float32"))
-    return {
-        "groups": run.parameter_groups(model, plugin.default_lr, decay),
-        "store": lambda shard, key, signed: Plain(shard, key, dtype),
-        "in_backward": options.in_backward,
-        "two_pass": layout.needs_norm and options.clip_mode != "keep",
-        "clip_grad_value": run.config.optimizer.clip_grad_value,
-        "seed": run.seed,
-    }
+        return RuledOptimizer(rule=rule, **arguments | {"store": eight_bit})

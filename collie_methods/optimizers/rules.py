@@ -7,6 +7,7 @@ of the parameter, from 1.  The parameter then becomes `p (1 - decay) - rate * di
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,15 +18,15 @@ from torch import Tensor
 States = Mapping[str, Tensor]
 
 
-class Rule:
+class Rule(ABC):
     """keys: the states, zero before the first update.  unsigned: those that are never negative."""
 
     keys: ClassVar[tuple[str, ...]]
     unsigned: ClassVar[tuple[str, ...]] = ()
 
+    @abstractmethod
     def direction(self, gradient: Tensor, states: States, t: Tensor) -> tuple[Tensor, States]:
         """(direction, the states that changed)."""
-        raise NotImplementedError
 
     def rates(self, lr: float, weight_decay: float) -> tuple[float, float]:
         """(rate, decay): here of `p (1 - lr wd) - lr * direction`, decoupled weight decay."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ _SCALE_BYTES = 4  # fp32, not quantised again
 
 
 @dataclass(frozen=True)
-class BlockFormat:
+class BlockFormat(ABC):
     """A `collie_core.plugin.Packing`: a block is its scale, the largest magnitude in it, then its codes."""
 
     block: int
@@ -42,15 +43,15 @@ class BlockFormat:
         codes = blocks[..., _SCALE_BYTES:].contiguous().flatten(1)
         return self.dequantise(codes, scales, (stored.shape[0], blocks.shape[1] * self.block), dtype)
 
+    @abstractmethod
     def quantise(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """(codes uint8, scales fp32), both flat, row by row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dequantise(
         self, codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
         """The inverse; codes (rows, bytes)."""
-        raise NotImplementedError
 
 
 class Nf4(BlockFormat):
