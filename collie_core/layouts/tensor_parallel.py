@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
@@ -150,23 +150,24 @@ def check_heads(plan: ParallelPlan, size: int) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cutter:
-    """Cuts the complete module on meta for one rank, and keeps the books of its shards."""
+    """Cuts one complete module on meta for one rank, and keeps the books of its `shards`."""
 
     plan: ParallelPlan
     tp: TensorParallel
     grid: Grid
+    shards: dict[str, Shard]
+    _done: dict[int, nn.Parameter] = field(default_factory=dict)  # a tied parameter is cut once
+    _entrances: dict[str, _Entrance] = field(default_factory=dict)
 
-    def cut(self, model: nn.Module, shards: dict[str, Shard]) -> None:
+    def cut(self, model: nn.Module) -> None:
         """Replace every linear and embedding that the plan names; `shards` of all parameters are updated.
 
         Raises ConfigError where the sizes cannot be cut, PluginError where the plan names what cannot be.
         """
         check_heads(self.plan, self.tp.size)
         check_blocks(model, self.plan, self.tp.size)
-        done: dict[int, nn.Parameter] = {}  # a tied parameter is cut once
-        entrances: dict[str, _Entrance] = {}
         for path, module in list(model.named_modules(remove_duplicate=False)):
             if isinstance(module, Delta):
                 continue  # cut with its linear
@@ -176,11 +177,11 @@ class Cutter:
                 _check_can_be_cut(path, module)
             kind = self.kind(f"{path}.weight")
             if kinds and kind in ("columns", "rows", "embedding", "head"):
-                made = self._replace(path, module, kind, shards, done, entrances)
+                made = self._replace(path, module, kind)
                 owner, _, leaf = path.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, made)
-        for name, shard in shards.items():
-            shards[name] = self._whole(name, shard)
+        for name, shard in self.shards.items():
+            self.shards[name] = self._whole(name, shard)
 
     def kind(self, name: str) -> Kind | None:
         """What the plan says of a parameter; None: nothing."""
@@ -197,19 +198,11 @@ class Cutter:
         partial = self.kind(name) == "partial" or (in_blocks and self.tp.sequence_parallel)
         return replace(shard, copies=self.tp.size, sums=(self.tp.group,) if partial else ())
 
-    def _replace(
-        self,
-        path: str,
-        module: nn.Module,
-        kind: Kind,
-        shards: dict[str, Shard],
-        done: dict[int, nn.Parameter],
-        entrances: dict[str, _Entrance],
-    ) -> nn.Module:
+    def _replace(self, path: str, module: nn.Module, kind: Kind) -> nn.Module:
         weight_name = f"{path}.weight"
         if isinstance(module, nn.Embedding):
             start, length = self.tp.part(module.num_embeddings)
-            weight = self._cut(weight_name, module.weight, 0, start, length, shards, done)
+            weight = self._cut(weight_name, module.weight, 0, start, length)
             made = VocabularyEmbedding(length, module.embedding_dim)
             made.weight, made.tp, made.start = weight, self.tp, start
             if module.padding_idx is not None and start <= module.padding_idx < start + length:
@@ -223,19 +216,19 @@ class Cutter:
             row = RowLinear(length, module.out_features)
             row.packing = getattr(module, "packing", None)
             begin, columns = (packed_columns(row.packing, number) for number in (start, length))
-            row.weight = self._cut(weight_name, module.weight, 1, begin, columns, shards, done)
+            row.weight = self._cut(weight_name, module.weight, 1, begin, columns)
             row.bias, row.tp = module.bias, self.tp
-            self._cut_deltas(path, module, row, kind, start, length, 1, shards, done)
+            self._cut_deltas(path, module, row, kind, start, length)
             return row
         start, length, copies = self._columns(path, module)
         column = ColumnLinear(module.in_features, length)
         column.packing = getattr(module, "packing", None)
-        column.weight = self._cut(weight_name, module.weight, 0, start, length, shards, done, copies)
+        column.weight = self._cut(weight_name, module.weight, 0, start, length, copies)
         if module.bias is not None:
-            column.bias = self._cut(f"{path}.bias", module.bias, 0, start, length, shards, done, copies)
-        self._cut_deltas(path, module, column, kind, start, length, copies, shards, done)
+            column.bias = self._cut(f"{path}.bias", module.bias, 0, start, length, copies)
+        self._cut_deltas(path, module, column, kind, start, length, copies)
         owner = f"{path.rpartition('.')[0]}:{module.in_features}"
-        column.entrance = entrances.setdefault(owner, _Entrance(self.tp))
+        column.entrance = self._entrances.setdefault(owner, _Entrance(self.tp))
         column.entrance.users += 1
         column.cut_sequence = kind == "columns"  # the head reads what was joined before
         return column
@@ -248,9 +241,7 @@ class Cutter:
         kind: Kind,
         start: int,
         length: int,
-        copies: int,
-        shards: dict[str, Shard],
-        done: dict[int, nn.Parameter],
+        copies: int = 1,
     ) -> None:
         """Cut the adapters of a linear as it is cut, and give them to the linear that takes its place."""
         for adapter, delta in module.adapters.items() if isinstance(module, AdaptedLinear) else ():
@@ -259,10 +250,11 @@ class Cutter:
             for leaf, parameter in list(delta.named_parameters(recurse=False)):
                 name = f"{path}.adapters.{adapter}.{leaf}"
                 if leaf in along:
-                    cut = self._cut(name, parameter, along[leaf], start, length, shards, done, copies)
+                    cut = self._cut(name, parameter, along[leaf], start, length, copies)
                     setattr(delta, leaf, cut)
                 else:  # each rank's part of the linear gives a part of its gradient
-                    shards[name] = replace(shards[name], copies=self.tp.size, sums=(self.tp.group,))
+                    shard = replace(self.shards[name], copies=self.tp.size, sums=(self.tp.group,))
+                    self.shards[name] = shard
             made.adapters[adapter] = delta
 
     def _columns(self, path: str, module: nn.Linear) -> tuple[int, int, int]:
@@ -276,32 +268,24 @@ class Cutter:
         return self.tp.rank // copies * width, width, copies
 
     def _cut(
-        self,
-        name: str,
-        parameter: Tensor,
-        dim: int,
-        start: int,
-        length: int,
-        shards: dict[str, Shard],
-        done: dict[int, nn.Parameter],
-        copies: int = 1,
+        self, name: str, parameter: Tensor, dim: int, start: int, length: int, copies: int = 1
     ) -> nn.Parameter:
-        if id(parameter) in done:
-            return done[id(parameter)]
+        if id(parameter) in self._done:
+            return self._done[id(parameter)]
         size = list(parameter.shape)
         size[dim] = length
         cut = nn.Parameter(
             torch.empty(size, dtype=parameter.dtype, device="meta"), requires_grad=parameter.requires_grad
         )
-        done[id(parameter)] = cut
-        shard = replace(shards[name], local=cut)
+        self._done[id(parameter)] = cut
+        shard = replace(self.shards[name], local=cut)
         if copies == 1:
-            shards[name] = shard.cut(dim, start, self.tp.group)
+            self.shards[name] = shard.cut(dim, start, self.tp.group)
         else:
             offsets = tuple(o + (start if d == dim else 0) for d, o in enumerate(shard.offsets))
             sharing, heads = self.grid.sharing(copies)
             cuts = () if heads is None else ((dim, heads),)
-            shards[name] = replace(shard, offsets=offsets, cuts=cuts, sums=(sharing,), copies=copies)
+            self.shards[name] = replace(shard, offsets=offsets, cuts=cuts, sums=(sharing,), copies=copies)
         return cut
 
 

@@ -101,7 +101,7 @@ def cut_embeddings(config: dict[str, Any]) -> None:
     assert everyone is not None
     grid: Any = None  # asked for nothing here
     tp = TensorParallel(Axis(2, rank, everyone), sequence_parallel=False)
-    cutter = Cutter(ParallelPlan(embedding=("embed.*",)), tp, grid)
+    plan = ParallelPlan(embedding=("embed.*",))
     torch.manual_seed(0)
     whole = nn.Embedding(7, 3, padding_idx=5)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def cut_embeddings(config: dict[str, Any]) -> None:
     model: Any = nn.Module()
     model.embed = nn.Embedding(7, 3, padding_idx=5, device="meta")
     shards = whole_shards(model)
-    cutter.cut(model, shards)
+    Cutter(plan, tp, grid, shards).cut(model)
     [start, _] = shards["embed.weight"].offsets
     rows = slice(start, start + len(model.embed.weight))
     model.embed.weight = nn.Parameter(whole.weight[rows].detach().clone())
@@ -124,7 +124,7 @@ def cut_embeddings(config: dict[str, Any]) -> None:
     for module in (nn.Embedding(7, 3, max_norm=1.0), Scaled(3, 7)):
         model.embed = module
         try:
-            cutter.cut(model, whole_shards(model))
+            Cutter(plan, tp, grid, whole_shards(model)).cut(model)
         except PluginError as error:
             refused.append(str(error))
     Path(config["output_dir"]).with_suffix(f".{rank}.json").write_text(json.dumps(refused))
