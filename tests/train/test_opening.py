@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_helpers import config, largest_difference, losses, weights
+from training_helpers import StopAt, config, largest_difference, losses, weights
 
 from collie_core import AutoModelForCausalLM, Trainer
 from collie_core.checkpoint.folder import read_state
@@ -48,18 +48,6 @@ def test_a_model_that_could_not_be_written_is_refused_before_it_is_trained(
     with pytest.raises(ConfigError, match=f"{name} is .*, but the config of"):
         Trainer(config(tiny_llama, data_file, tmp_path / "out"), model=model).train()
     assert not (tmp_path / "out").exists()
-
-
-class StopAt:
-    """Ends the run after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    @hookimpl
-    def collie_step_end(self, run: Run, step: int) -> None:
-        if step == self.step:
-            run.stop("the test asked for it")
 
 
 def test_a_checkpoint_of_another_run_is_where_a_run_begins_and_not_where_it_goes_on(

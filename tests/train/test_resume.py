@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 import yaml
-from training_helpers import all_lines, config, largest_difference, losses, metrics, weights
+from training_helpers import StopAt, all_lines, config, largest_difference, losses, metrics, weights
 
 from collie_core import Trainer
 from collie_core.errors import CheckpointError, ConfigError, UserError
-from collie_core.plugin import Run, hookimpl
 
 CHANGES: dict[str, Any] = {
     "model": {"dtype": "bfloat16"},
@@ -30,18 +29,6 @@ CHANGES: dict[str, Any] = {
     "checkpoint": {"every_steps": 2},
     "seed": 7,
 }
-
-
-class StopAt:
-    """Ends the run after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    @hookimpl
-    def collie_step_end(self, run: Run, step: int) -> None:
-        if step == self.step:
-            run.stop("the test asked for it")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from collie_core import CollieConfig
+from collie_core.plugin import Run, hookimpl
 
 
 def config(model: Path, data: Path, out: Path, /, **changes: Any) -> CollieConfig:
@@ -27,6 +28,18 @@ def config(model: Path, data: Path, out: Path, /, **changes: Any) -> CollieConfi
         merges = isinstance(value, dict) and isinstance(base.get(key), dict) and "name" not in value
         base[key] = {**base[key], **value} if merges else value
     return CollieConfig(**base)
+
+
+class StopAt:
+    """Ends the run after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    @hookimpl
+    def collie_step_end(self, run: Run, step: int) -> None:
+        if step == self.step:
+            run.stop("the test asked for it")
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
