@@ -7,7 +7,7 @@ the value, what was expected and the cure.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -72,6 +72,12 @@ class Refusal(str):
     def of(self, origin: str) -> Refusal:
         """The same, said by `origin`."""
         return Refusal(self.rule, self.reason, self.instead, self.advice, origin)
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """The names, but not more than so many of them."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

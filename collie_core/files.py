@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from collie_core.errors import UserError
+from collie_core.errors import CheckpointError, UserError
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
@@ -38,6 +38,17 @@ def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
 def json_text(value: Any) -> str:
     """Strict JSON; raises TypeError or ValueError for what JSON cannot say, such as nan."""
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The mapping in a file.  Raises CheckpointError where it cannot be read, or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
 
 
 def fsync_file(path: str | os.PathLike[str]) -> None:

@@ -65,13 +65,12 @@ def from_first_on_node(action: Callable[[], T], group: ProcessGroup | None = Non
     """What `action` returns on the first process of this machine; see `from_first`."""
     if not distributed():
         return action()
-    machines = gather(machine(), group)
-    first = machines.index(machine())
-    mine = dist.get_rank(group) == first
+    holder = gather(machine(), group).index(machine())
+    mine = dist.get_rank(group) == holder
     result, error = _attempt(action) if mine else (None, None)
     everyone = gather((result, _sendable(error)), group)
     _raise_first(error, [other for _, other in everyone])
-    found: Any = result if mine else everyone[first][0]
+    found: Any = result if mine else everyone[holder][0]
     return found
 
 

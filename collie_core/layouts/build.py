@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from collie_core.config.problems import ConfigProblems
 from collie_core.layouts.stage import Stage
 from collie_core.models.adapters import adapt, initialise_added
-from collie_core.models.loading import Slots, persistent_buffers
+from collie_core.models.buffers import persistent_buffers
+from collie_core.models.loading import Slots
 from collie_core.models.sources import load_selected
 from collie_core.run import whole_shards
 

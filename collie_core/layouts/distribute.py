@@ -27,15 +27,9 @@ from collie_core.layouts.tensor_parallel import Cutter, TensorParallel, check_he
 from collie_core.layouts.ties import check_ties, tied_over_ends
 from collie_core.layouts.vocabulary import Vocabulary
 from collie_core.models.adapters import initialise_added
+from collie_core.models.buffers import cast, persistent_buffers, reset_buffers
 from collie_core.models.forward import model_context
-from collie_core.models.loading import (
-    Slots,
-    cast,
-    load_pieces,
-    match_weights,
-    persistent_buffers,
-    reset_buffers,
-)
+from collie_core.models.loading import Slots, load_pieces, match_weights
 from collie_core.models.packed import check_blocks, unpacked_size
 from collie_core.models.sources import open_source
 from collie_core.ops import Context
@@ -178,7 +172,7 @@ def _tensor_parallel(
         return None
     wanted = options.sequence_parallel
     tp = TensorParallel(grid.tp, plan.sequence if wanted == "auto" else wanted)
-    Cutter(plan, tp, grid).cut(model, shards)
+    Cutter(plan, tp, grid, shards).cut(model)
     return tp
 
 
@@ -200,7 +194,6 @@ def _vocabulary(
 
 def _stretches(model: Any, grid: Grid, options: NativeLayoutPlugin.Options) -> list[range]:
     """The blocks of each stretch of the pipeline, by the sizes of the complete model."""
-
     sizes = [unpacked_size(block) for block in model.blocks.values()]
     total = grid.pp.size * options.stretches(grid.pp.size)
     ends = unpacked_size(model.embed), unpacked_size(model.head)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from collie_core.config.checks import accumulation_steps
+from collie_core.config.checks import accumulation_steps, arithmetic
 
 if TYPE_CHECKING:
     from collie_core.config.schema import CollieConfig
@@ -19,8 +19,7 @@ def held(config: CollieConfig, options: Options) -> dict[str, str]:
     """Text by topic: processes, weights, gradients, optimizer states, and the pipeline's micro-batches."""
     cut = _cut(config, options)
     said = {
-        "processes": f"dp_size {config.dp_size} x tp_size {config.tp_size} x pp_size {config.pp_size} = "
-        f"{config.dp_size * config.tp_size * config.pp_size}",
+        "processes": arithmetic(config),
         "weights": _weights(config, options),
         "gradients": _gradients(config, options),
         "optimizer states": "of the weights that this rank keeps between steps"

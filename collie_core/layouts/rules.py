@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from collie_core.config.checks import product
 from collie_core.errors import Refusal
 
 if TYPE_CHECKING:
@@ -82,9 +83,7 @@ RULES: tuple[Rule, ...] = (
         "layout.offload: cpu with one process",
         "weights are moved to and from host memory by ZeRO, which one process does without",
         "set offload to none, or dp_size above 1",
-        lambda config, options: (
-            options.offload == "cpu" and config.dp_size * config.tp_size * config.pp_size == 1
-        ),
+        lambda config, options: options.offload == "cpu" and product(config) == 1,
         lambda config, options: {"layout.offload": "none"},
     ),
     Rule(

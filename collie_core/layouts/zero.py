@@ -17,7 +17,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from collie_core.errors import ConfigError
-from collie_core.models.loading import made_buffers, persistent_buffers
+from collie_core.models.buffers import made_buffers, persistent_buffers
 
 if TYPE_CHECKING:
     from collie_core.layouts.grid import Grid

@@ -6,13 +6,13 @@ in lower case, is the adapter plugin's name, as `model_type` is the model plugin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from collie_core.errors import CheckpointError
+from collie_core.files import read_json_object
 
 ADAPTER_FILE = "adapter_config.json"
 #: beside it, where the model that the adapter is for was packed: the sections of the config that say how
@@ -26,6 +26,11 @@ class AdapterSpec:
 
     name: str
     options: Mapping[str, Any]
+
+    @classmethod
+    def of_section(cls, section: Mapping[str, Any]) -> AdapterSpec:
+        """That of an entry of a config's `adapters`."""
+        return cls(section["name"], {key: value for key, value in section.items() if key != "name"})
 
 
 def adapter_folders(folder: Path) -> list[Path]:
@@ -44,7 +49,7 @@ def read_adapters(folders: list[Path]) -> tuple[str, tuple[AdapterSpec, ...]]:
     packing: dict[str, AdapterSpec] = {}
     bases: dict[str, Path] = {}
     for folder in folders:
-        content = _read(folder / ADAPTER_FILE)
+        content = read_json_object(folder / ADAPTER_FILE)
         values = [content.get(key) for key in ("peft_type", "base_model_name_or_path")]
         for key, value in zip(("peft_type", "base_model_name_or_path"), values, strict=True):
             if not isinstance(value, str) or not value:
@@ -62,22 +67,9 @@ def read_adapters(folders: list[Path]) -> tuple[str, tuple[AdapterSpec, ...]]:
 
 def _packing(path: Path) -> list[AdapterSpec]:
     """What packs the model that an adapter is for; nothing without the file.  Raises CheckpointError."""
-    sections = _read(path).get("adapters") if path.is_file() else []
+    sections = read_json_object(path).get("adapters") if path.is_file() else []
     if not isinstance(sections, list) or not all(
         isinstance(section, dict) and isinstance(section.get("name"), str) for section in sections
     ):
         raise CheckpointError(f"{path}: adapters: expected a list of mappings with a name, got {sections!r}")
-    return [
-        AdapterSpec(section["name"], {key: value for key, value in section.items() if key != "name"})
-        for section in sections
-    ]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+    return [AdapterSpec.of_section(section) for section in sections]

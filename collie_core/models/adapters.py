@@ -89,6 +89,11 @@ def select_adapters(specs: Sequence[AdapterSpec], plugins: RunPlugins) -> list[S
     return found
 
 
+def make_adapters(selected: Iterable[SelectedPlugin], plugins: RunPlugins, run: Run) -> list[Adapter]:
+    """The adapters of selected plugins, in order."""
+    return [plugins.call_one(plugin, "collie_adapter", run=run) for plugin in selected]
+
+
 def load_adapted(model: nn.Module, selected: SelectedProvider, **how: Any) -> dict[str, Adapter]:
     """Put the adapters of a source on its model on meta, and load both; who added which parameter.
 
@@ -99,11 +104,7 @@ def load_adapted(model: nn.Module, selected: SelectedProvider, **how: Any) -> di
     config = CollieConfig(model={"path": str(selected.checkpoint or selected.path)})
     run = Run(config, Path(), torch.device("cpu"), source=selected)
     plugins = RunPlugins(Registry())
-    adapters = [
-        plugins.call_one(plugin, "collie_adapter", run=run)
-        for plugin in select_adapters(selected.adapters, plugins)
-    ]
-    run.added = adapt(model, adapters)
+    run.added = adapt(model, make_adapters(select_adapters(selected.adapters, plugins), plugins, run))
     load_selected(model, selected, added=run.added, **how)
     run.shards = whole_shards(model)
     initialise_added(run)

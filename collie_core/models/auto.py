@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from collie_core.config.checks import product
 from collie_core.errors import UserError
 from collie_core.models.causal_lm import CausalLM, Origin, adopt
 from collie_core.models.initialise import initialise
@@ -51,7 +52,7 @@ class AutoModelForCausalLM:
             dtype = dtype or getattr(torch, config.model.dtype)
         selected = select_provider(path, provider=provider, revision=revision)
         model = build_model(selected, ops, selected.path)
-        alone = config is None or config.dp_size * config.tp_size * config.pp_size == 1
+        alone = config is None or product(config) == 1
         how: dict[str, Any] = {"device": "cpu", "dtype": dtype or torch.float32, "map_files": True}
         if selected.adapters:
             if not alone:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collie_core.errors import CheckpointError, UserError
+from collie_core.errors import UserError
+from collie_core.files import read_json_object
 from collie_core.models.forward import (
     model_context,
     parts,
@@ -295,10 +295,7 @@ def _generation_defaults(model: nn.Module) -> dict[str, Any]:
     found = {key: getattr(origin.config, key, origin.hf_config.get(key)) for key in keys}
     path = origin.path / "generation_config.json" if origin.path else None
     if path is not None and path.is_file():
-        try:
-            stated = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        stated = read_json_object(path)
         found |= {key: stated[key] for key in keys if stated.get(key) is not None}
     return found
 

@@ -7,7 +7,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from collie_core.models.loading import Slots, reset_buffers
+from collie_core.models.buffers import reset_buffers
+from collie_core.models.loading import Slots
 
 
 def initial_value(name: str, shape: torch.Size, seed: int, std: float) -> Tensor:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from collie_core.errors import CheckpointError, PluginError
+from collie_core.errors import CheckpointError, PluginError, listed
+from collie_core.models.buffers import reset_buffers
 from collie_core.models.packed import Packing, pack_piece, packings, unpacked_shape
 from collie_core.models.weight_files import write_safetensors_sharded
 from collie_core.models.weight_map import Ignore, Merge, Rename, Split, WeightRule
@@ -226,46 +227,6 @@ class Slots:
         return made.detach()
 
 
-def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a checkpoint holds, by name."""
-    kept = module.state_dict(keep_vars=True).keys()
-    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
-
-
-def made_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """(module, name in it, buffer) of those that no checkpoint holds."""
-    return [
-        (owner, leaf, buffer)
-        for owner in module.modules()
-        for leaf, buffer in owner.named_buffers(recurse=False)
-        if leaf in owner._non_persistent_buffers_set
-    ]
-
-
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give what a checkpoint holds another dtype; the other buffers keep theirs, as rotary tables must."""
-    made = made_buffers(model)
-    model.to(dtype)
-    for owner, leaf, buffer in made:
-        setattr(owner, leaf, buffer)
-
-
-def reset_buffers(model: nn.Module, device: torch.device) -> None:
-    """Make the buffers that no checkpoint holds, by the module's own `reset_buffers(device)`.
-
-    Raises PluginError where one stays on meta.
-    """
-    reset = getattr(model, "reset_buffers", None)
-    if any(buffer.is_meta for buffer in model.buffers()) and callable(reset):
-        reset(device)
-    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    if left:
-        raise PluginError(
-            f"{type(model).__name__}: no value for the buffers {_listed(left)}, which no checkpoint holds; "
-            "its model plugin must make them in reset_buffers(device)"
-        )
-
-
 def match_weights(
     slots: Slots, rules: Sequence[WeightRule], reader: Reader, added: Collection[str] = ()
 ) -> list[WeightRule]:
@@ -297,7 +258,7 @@ def match_weights(
         ],
     }
     if any(problems.values()):
-        lines = [f"\n  {kind}: {_listed(names)}" for kind, names in problems.items() if names]
+        lines = [f"\n  {kind}: {listed(names)}" for kind, names in problems.items() if names]
         raise CheckpointError(f"{reader.folder}: the weights do not fit the config{''.join(lines)}")
     return wanted
 
@@ -319,7 +280,7 @@ def _refuse_quantised(slots: Slots, rules: Sequence[WeightRule], reader: Reader)
     if quantised:
         raise CheckpointError(
             f"{reader.folder}: the weights are quantised, which is not supported; load the checkpoint that "
-            f"they were made from: {_listed(quantised)}"
+            f"they were made from: {listed(quantised)}"
         )
 
 
@@ -328,8 +289,8 @@ def _check_rules(slots: Slots, rules: Sequence[WeightRule], added: Collection[st
     unknown = {name for rule in rules for name in rule.targets if name not in slots.tensors}
     uncovered = [name for name in slots.uncovered(rules) if name not in added]
     if unknown or uncovered:
-        parts = [f"names {_listed(sorted(unknown))}, which the module does not have"] if unknown else []
-        parts += [f"has no rule for {_listed(uncovered)}"] if uncovered else []
+        parts = [f"names {listed(sorted(unknown))}, which the module does not have"] if unknown else []
+        parts += [f"has no rule for {listed(uncovered)}"] if uncovered else []
         raise PluginError(f"the weight map of {type(slots.model).__name__} {' and '.join(parts)}")
 
 
@@ -398,8 +359,3 @@ def _saved(tensors: Iterable[tuple[str, Tensor]], rules: list[WeightRule]) -> It
         rule = rule_of[name]
         if all(target in waiting for target in rule.targets):
             yield from rule.save({target: waiting.pop(target) for target in rule.targets}).items()
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_LISTED])
-    return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED} more"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collie_core.errors import CheckpointError, ConfigError, PluginError
+from collie_core.files import read_json_object
 from collie_core.registry import PluginInfo, Registry, RunPlugins
 from collie_core.registry.discovery import known_plugins
 from collie_core.registry.registry import WILDCARD, where_to_get
@@ -130,14 +130,6 @@ def _better(used: PluginInfo | None, model_type: object) -> str:
 def read_hf_config(folder: Path) -> dict[str, Any]:
     """The mapping in `config.json`.  Raises CheckpointError where there is none."""
     path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: no config.json, so this is no model in Hugging Face layout"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+    if not path.exists():
+        raise CheckpointError(f"{folder}: no config.json, so this is no model in Hugging Face layout")
+    return read_json_object(path)

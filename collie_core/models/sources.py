@@ -101,7 +101,7 @@ class CheckpointReader:
         """The whole tensor on the CPU."""
         stored = self._stored[name]
         whole = torch.empty(stored.shape, dtype=stored.torch_dtype)
-        fill(Piece(whole, tuple(stored.shape), (0,) * whole.ndim), name, stored, self._files)
+        fill(Piece.of(whole), name, stored, self._files)
         return whole
 
     def read_into(self, name: str, out: Tensor) -> None:
@@ -181,12 +181,9 @@ def _of_checkpoint(checkpoint: Path, weights: bool) -> ModelSource:
     if not sections:
         return ModelSource(checkpoint / "model_files", checkpoint)
     model = config["model"]
-    specs = [
-        AdapterSpec(section["name"], {key: value for key, value in section.items() if key != "name"})
-        for section in sections
-    ]
     base = _base(model["path"], model.get("revision"), weights, f"{checkpoint}: its run's model.path")
-    return replace(base, adapters=tuple(specs), trained=checkpoint)
+    specs = tuple(AdapterSpec.of_section(section) for section in sections)
+    return replace(base, adapters=specs, trained=checkpoint)
 
 
 def _base(path: str, revision: str | None, weights: bool, where: str) -> ModelSource:

@@ -6,7 +6,7 @@ import math
 import time
 from typing import TYPE_CHECKING
 
-from collie_core.errors import RunFailed
+from collie_core.errors import RunFailed, listed
 from collie_core.schedules import learning_rate_factor
 
 if TYPE_CHECKING:
@@ -91,11 +91,10 @@ def _not_finite(session: Session, batch: StepBatch, figures: dict[str, float]) -
 
     own = [origin for micro in batch.micro_batches for row in micro.records for origin in row]
     records = list(dict.fromkeys(origin for one in gather(own, session.run.control) for origin in one))
-    shown = ", ".join(records[:8]) + (f" and {len(records) - 8} more" if len(records) > 8 else "")
     what = "loss" if not math.isfinite(figures["loss"]) else "gradient"
     message = (
         f"step {batch.step}: the {what} is not finite (loss {figures['loss']}, gradient norm "
-        f"{figures['grad_norm']}); records: {shown}"
+        f"{figures['grad_norm']}); records: {listed(records, 8)}"
     )
     optimizer = session.layout.optimizer
     # an update in the backward pass knows its own gradient alone, where the norm is not found before

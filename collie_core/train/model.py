@@ -13,7 +13,6 @@ from collie_core.config.problems import ConfigProblems
 from collie_core.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-
     from collie_core.checkpoint.folder import Checkpoint
     from collie_core.hookspecs import Layout, ModelProvider
     from collie_core.models.provider import SelectedProvider
@@ -68,14 +67,11 @@ def open_model(
 
 def _same_shapes(trainer: Trainer, run: Run) -> None:
     """Refuse a model object that could be trained but not be written as its config says."""
-    import torch
-
+    from collie_core.models.auto import build_model
     from collie_core.models.loading import Slots
-    from collie_core.ops import select_ops
 
     assert trainer.model is not None and run.source is not None
-    with torch.device("meta"):
-        described = Slots(run.source.provider.build(run.source.config, select_ops())).tensors
+    described = Slots(build_model(run.source)).tensors
     given = Slots(trainer.model).tensors
     added = getattr(trainer.model, "adapters", {})
     for name in sorted((described.keys() | given.keys()) - set(added)):
@@ -93,22 +89,19 @@ def check_model(run: Run, plugins: RunPlugins, layout: Layout) -> None:
     Raises ConfigError for patterns of parameters and sizes, CheckpointError for tensors, by name.
     A module with weights is known to fit.
     """
-    import torch
-
     from collie_core.layouts.build import set_trainable
-    from collie_core.models.adapters import adapt
+    from collie_core.models.adapters import adapt, make_adapters
+    from collie_core.models.auto import build_model
     from collie_core.models.loading import Slots, match_weights
     from collie_core.models.sources import open_source
-    from collie_core.ops import select_ops
     from collie_core.together import from_first
 
     source = run.source
     assert source is not None
     if run.model is not None and not next(run.model.parameters()).is_meta:
         return
-    adapters = [plugins.call_one(plugin, "collie_adapter", run=run) for plugin in plugins.of_kind("adapter")]
-    with torch.device("meta"):
-        model = source.provider.build(source.config, select_ops())
+    adapters = make_adapters(plugins.of_kind("adapter"), plugins, run)
+    model = build_model(source)
     added = adapt(model, adapters)
     set_trainable(model, replace(run, added=added))
     check = getattr(layout, "check_model", None)

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from collie_core.config.checks import check_config, processes
+from collie_core.config.checks import check_config, processes, product
 from collie_core.config.problems import ConfigProblems, Key
 from collie_core.errors import ConfigError, nearest
 from collie_core.registry import Registry, RunPlugins, SelectedPlugin
@@ -81,7 +81,7 @@ def checked_plugins(config: CollieConfig) -> tuple[Run, RunPlugins, list[str]]:
 
     from collie_core.run import Run
 
-    check_config(config, config.dp_size * config.tp_size * config.pp_size)
+    check_config(config, product(config))
     plugins = RunPlugins(Registry())
     select_plugins(config, plugins)
     run = Run(config, Path(config.output_dir), torch.device("cpu"))
@@ -150,7 +150,7 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
 @contextmanager
 def open_evaluation(trainer: Trainer) -> Iterator[Callable[[], dict[str, float]]]:
     """A function that runs every evaluator; nothing is written."""
-    from collie_core.models.adapters import select_adapters
+    from collie_core.models.adapters import make_adapters, select_adapters
     from collie_core.train.evaluation import run_evaluators
 
     with ExitStack() as stack:
@@ -162,8 +162,7 @@ def open_evaluation(trainer: Trainer) -> Iterator[Callable[[], dict[str, float]]
         run.virtual_tokens = _virtual_tokens(selected)
         data = required_dataset(trainer, run, provider, "eval")
         layout = _open_layout(run, plugins, stack)
-        adapters = [plugins.call_one(plugin, "collie_adapter", run=run) for plugin in selected]
-        layout.prepare(provider, adapters, None)
+        layout.prepare(provider, make_adapters(selected, plugins, run), None)
         evaluators = open_evaluators(run, data)
         yield lambda: run_evaluators(evaluators, layout)
 
@@ -232,6 +231,7 @@ def _open_layout(run: Run, plugins: RunPlugins, stack: ExitStack) -> Layout:
 def _prepare(session: Session, checkpoint: Checkpoint | None) -> None:
     """Give the layout its model and optimizer, and put everything where the checkpoint says."""
     from collie_core.checkpoint.rng import restore_rng_of_rank
+    from collie_core.models.adapters import make_adapters
 
     state = None if checkpoint is None else checkpoint.state()
     if state is not None:
@@ -240,10 +240,9 @@ def _prepare(session: Session, checkpoint: Checkpoint | None) -> None:
     run, plugins, layout = session.run, session.plugins, session.layout
     optimizer_plugin = plugins.of_kind("optimizer")[0]
     run.resolved["optimizer.lr"] = session.base_lr
-    adapters = [plugins.call_one(plugin, "collie_adapter", run=run) for plugin in plugins.of_kind("adapter")]
     layout.prepare(
         session.provider,
-        adapters,
+        make_adapters(plugins.of_kind("adapter"), plugins, run),
         lambda model: plugins.call_one(
             optimizer_plugin, "collie_optimizer", model=model, layout=layout, run=run
         ),

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from collie_core.layouts.build import build, has_weights, place_whole
 from collie_core.layouts.stage import Stage
 from collie_core.models.adapters import filler
-from collie_core.models.loading import Slots, cast, load_pieces, match_weights, reset_buffers
+from collie_core.models.buffers import cast, reset_buffers
+from collie_core.models.loading import Slots, load_pieces, match_weights
 from collie_core.models.sources import open_source
 from collie_core.run import whole_shards
 from collie_core.shard import Piece, Shard

@@ -7,12 +7,12 @@ spaces, or follows a special token; these give the ids of the original (slow) to
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from collie_core.files import read_json_object
 from collie_core.plugin import CheckpointError
 
 if TYPE_CHECKING:
@@ -216,15 +216,7 @@ def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | dict[str, 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a file, empty where there is no file.  Raises CheckpointError for a damaged one."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return content
+    return read_json_object(path) if path.is_file() else {}
 
 
 def add_tokens(folder: Path, backend: Tokenizer, settings: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from collie_core.errors import ConfigError, PluginError
 from collie_core.layouts.native import NativeLayoutPlugin
 from collie_core.layouts.ties import check_ties, tied_over_ends
 from collie_core.layouts.zero import shard
-from collie_core.models.loading import cast, persistent_buffers
+from collie_core.models.buffers import cast, persistent_buffers
 from collie_core.plugin import ParallelPlan
 
 APART = {name: name for name in ("embed.words.weight", "blocks.a.w", "blocks.b.w", "head.out.weight")}
