@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ FAMILIES = [path.parent.name for path in sorted(CASES.glob("*/config.json"))]
 def write(folder: Path, tensors: dict[str, Tensor], suffix: str, files: int) -> None:
     """The weights in so many files."""
     stem = {"bin": "pytorch_model", "safetensors": "model"}[suffix]
-    save = {"bin": torch.save, "safetensors": save_file}[suffix]
+    save: Callable[[dict[str, Tensor], Path], None] = torch.save if suffix == "bin" else save_file
     if files == 1:
         return save(tensors, folder / f"{stem}.{suffix}")
     weight_map: dict[str, str] = {}
