@@ -52,6 +52,17 @@ class _QuantPlugin:
             names.index(name) for name in _NAMES if name in names
         ):
             found.append(f"adapter {self.kind}: adapters has several that quantise; keep one of them")
+        if self.kind == "int8" and self.options.block_size == 32 and run.device.type == "cuda":
+            sections = [section.model_dump() for section in run.config.adapters]
+            wider = {"block_size": 64}
+            found.append(
+                Refusal(
+                    "adapter int8 with block_size 32 on cuda",
+                    "bitsandbytes' kernels of 8 bit take blocks of 64 and more there",
+                    {"adapters": [s | wider if s.get("block_size") == 32 else s for s in sections]},
+                    "set block_size to 64, or take nf4",
+                )
+            )
         if run.config.layout.name == "deepspeed":
             found.append(
                 Refusal(

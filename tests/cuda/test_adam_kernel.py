@@ -13,7 +13,7 @@ from collie_core.optimizers import adam_triton
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-GROUP = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+GROUP: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def states(like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ def test_fp32_follows_torch_in_float64() -> None:
     torch.manual_seed(0)
     weight = torch.randn(300, 70, device="cuda")
     exact = torch.nn.Parameter(weight.double())
-    peer = torch.optim.AdamW([exact], **GROUP)  # type: ignore[arg-type]
+    peer = torch.optim.AdamW([exact], **GROUP)
     state = states(weight, torch.float32)
     scale = torch.tensor(0.5, device="cuda")
     for number in range(1, 21):
@@ -53,7 +53,7 @@ def test_fp32_follows_torch_in_float64() -> None:
         exact.grad = (gradient.double() / 4).clamp(-0.3, 0.3) * 0.5
         peer.step()
         step(weight, gradient, state, number, loss_scale=4.0, clip_value=0.3, grad_scale=scale)
-    assert (weight - exact).abs().max() < 2e-6
+    assert (weight - exact).abs().max() < 4e-6  # 20 roundings of numbers up to 4
     assert (state["exp_avg_sq"] - peer.state[exact]["exp_avg_sq"]).abs().max() < 1e-8
     assert state["step"].item() == 20
 
@@ -73,7 +73,7 @@ def test_bf16_is_right_on_average() -> None:
     """The mean over many equal elements follows float64; nearest rounding would stand still."""
     weight = torch.full((1 << 20,), 1.0, device="cuda", dtype=torch.bfloat16)
     exact = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
-    peer = torch.optim.AdamW([exact], **GROUP)  # type: ignore[arg-type]
+    peer = torch.optim.AdamW([exact], **GROUP)
     state = states(weight, torch.bfloat16)
     for number in range(1, 201):
         gradient = 1.0 + 0.5 * (number % 3)
