@@ -86,10 +86,11 @@ def folder(tiny_llama: Path, data_file: Path, tmp_path: Path) -> Path:
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    places = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [*COLLIE, *overrides],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder)},
+        env={**os.environ, "PYTHONPATH": places},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
