@@ -12,7 +12,7 @@ from collie_core.optimizers.descent import descend
 from collie_core.optimizers.fused import FusedOptimizer
 from collie_core.optimizers.gradients import scaled_gradient
 from collie_core.run import ParameterGroup
-from collie_methods.lomo import rules
+from collie_methods.lomo import adalomo_triton, rules
 
 if TYPE_CHECKING:
     from collie_core.shard import Shard
@@ -65,11 +65,20 @@ class AdaLomoOptimizer(FusedOptimizer):
         if 0 in shard.shape:
             return
         group, state, weight = self.group_of[name], self.state[name], parameter.detach()
+        lr, wd, noise = self.lr * group.lr_scale, group.weight_decay, self.noise(shard)
+        scaling = (self.loss_scale, self.clip_grad_value, self.grad_scale)
+        if adalomo_triton.serves(weight, gradient, finite):
+            matrix = adalomo_triton.Matrix(weight, gradient, *scaling)
+            factors = rules.matrix_factors(*matrix.moments(), **state, finite=finite, shard=shard)
+            rate, decay = rules.rates(*matrix.squares(*factors), lr, wd, shard)
+            matrix.descend(*factors, noise, finite=finite, rate=rate, decay=decay)
+            return
         gradient = scaled_gradient(gradient, self.loss_scale, self.grad_scale, self.clip_grad_value)
         rule = rules.matrix_update if weight.ndim >= 2 else rules.vector_update
         update = rule(gradient, **state, finite=finite, shard=shard)
-        rate, decay = rules.rates(weight, update, self.lr * group.lr_scale, group.weight_decay, shard)
-        descend(weight, update, self.noise(shard), finite=finite, rate=rate, decay=decay)
+        squares = rules.sum_of_squares(weight), rules.sum_of_squares(update)
+        rate, decay = rules.rates(*squares, lr, wd, shard)
+        descend(weight, update, noise, finite=finite, rate=rate, decay=decay)
 
     def state_dict(self) -> dict[str, Any]:
         """`<name>.<state>`: the live tensors, or this rank's pieces of them."""

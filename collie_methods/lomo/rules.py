@@ -19,23 +19,32 @@ EPS_PARAMETER = 1e-3  # least root mean square that a parameter is taken to have
 DECAY_EXPONENT = -0.8
 
 
+def matrix_factors(
+    of_rows: Tensor, of_columns: Tensor, row: Tensor, col: Tensor, t: Tensor, finite: Tensor, shard: Shard
+) -> tuple[Tensor, Tensor]:
+    """(a, b) of a matrix's U = gradient * a[..., :, None] * b[..., None, :] (arXiv 2310.10195, algorithm 1),
+    not yet normalised; advances the state.
+
+    of_rows, of_columns: sums of the squared gradient along each row, fp32 (..., R), and column, (..., C),
+    leading dimensions being a batch of matrices; row and col, of these shapes: moving means of the squared
+    gradient; t: 0-d, updates done so far.  Where `finite` (0-d bool) is false the state stays as it is and
+    the result has no meaning.
+    """
+    weight = _count(t, finite)
+    _advance(row, shard.sum(of_rows, [-1]) / shard.shape[-1], weight, finite)
+    _advance(col, shard.sum(of_columns, [-2]) / shard.shape[-2], weight, finite)
+    mean_row = shard.sum(row.sum(dim=-1, keepdim=True), [-2]) / shard.shape[-2]
+    return (row / mean_row).rsqrt_(), col.rsqrt()
+
+
 def matrix_update(
     gradient: Tensor, row: Tensor, col: Tensor, t: Tensor, finite: Tensor, shard: Shard
 ) -> Tensor:
-    """U of a matrix (arXiv 2310.10195, algorithm 1), not yet normalised; advances the state.
-
-    gradient: fp32 (..., R, C), leading dimensions being a batch of matrices; row: (..., R) and col: (..., C),
-    moving means of the squared gradient; t: 0-d, updates done so far.  Where `finite` (0-d bool) is false the
-    state stays as it is and the result has no meaning.
-    """
-    weight = _count(t, finite)
+    """U of a matrix, or a batch of them, not yet normalised; gradient: fp32 (..., R, C); the state as
+    `matrix_factors` has it."""
     square = gradient.square()
-    _advance(row, shard.sum(square.sum(dim=-1), [-1]) / shard.shape[-1], weight, finite)
-    _advance(col, shard.sum(square.sum(dim=-2), [-2]) / shard.shape[-2], weight, finite)
-    mean_row = shard.sum(row.sum(dim=-1, keepdim=True), [-2]) / shard.shape[-2]
-    by_row = (row / mean_row).rsqrt_()
-    update = torch.mul(gradient, by_row[..., :, None], out=square)
-    return update.mul_(col.rsqrt()[..., None, :])
+    a, b = matrix_factors(square.sum(dim=-1), square.sum(dim=-2), row, col, t, finite, shard)
+    return torch.mul(gradient, a[..., :, None], out=square).mul_(b[..., None, :])
 
 
 def vector_update(gradient: Tensor, v: Tensor, t: Tensor, finite: Tensor, shard: Shard) -> Tensor:
@@ -46,18 +55,22 @@ def vector_update(gradient: Tensor, v: Tensor, t: Tensor, finite: Tensor, shard:
 
 
 def rates(
-    parameter: Tensor, update: Tensor, lr: float, weight_decay: float, shard: Shard
+    of_parameter: Tensor, of_update: Tensor, lr: float, weight_decay: float, shard: Shard
 ) -> tuple[Tensor, Tensor | float]:
     """(rate, decay), 0-d, of `p ← p (1 - decay) - rate U`: decay = a wd and rate = a / max(1, RMS(U)), the
-    normalisation of U, with a = lr max(1e-3, RMS(p))."""
-    a = lr * root_mean_square(parameter, shard).clamp(min=EPS_PARAMETER)
-    return a / root_mean_square(update, shard).clamp(min=1.0), a * weight_decay if weight_decay else 0.0
+    normalisation of U, with a = lr max(1e-3, RMS(p)).
+
+    of_parameter, of_update: sums of squares of this rank's part of p and U, 0-d fp32.
+    """
+    elements, dimensions = math.prod(shard.shape), range(len(shard.shape))
+    of_p, of_u = ((shard.sum(s, dimensions) / elements).sqrt() for s in (of_parameter, of_update))
+    a = lr * of_p.clamp(min=EPS_PARAMETER)
+    return a / of_u.clamp(min=1.0), a * weight_decay if weight_decay else 0.0
 
 
-def root_mean_square(tensor: Tensor, shard: Shard) -> Tensor:
-    """Over all elements of the whole: 0-d, fp32."""
-    square = torch.linalg.vector_norm(tensor, dtype=torch.float32).square()
-    return (shard.sum(square, range(len(shard.shape))) / math.prod(shard.shape)).sqrt()
+def sum_of_squares(tensor: Tensor) -> Tensor:
+    """Over all elements: 0-d, fp32."""
+    return torch.linalg.vector_norm(tensor, dtype=torch.float32).square()
 
 
 def _count(t: Tensor, finite: Tensor) -> Tensor:

@@ -1,0 +1,112 @@
+# mypy: ignore-errors
+"""Triton kernels of `adalomo_triton`.
+
+Imported only where Triton is used, which reads the functions' source and annotations: so no types here.
+A tile is ROWS x COLUMNS elements of a matrix.
+"""
+
+import triton
+import triton.language as tl
+
+from collie_core.ops.rounding_kernels import _counter, _number, _stochastic_bfloat16
+
+
+@triton.jit
+def _tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (r < rows)[:, None] & (c < columns)[None, :]
+    return r, c, r.to(tl.int64)[:, None] * columns + c[None, :], inside
+
+
+@triton.jit
+def _true_gradient(gradient, index, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer):
+    g = tl.load(gradient + index, inside, 0.0).to(tl.float32) / loss_scale
+    if clip_value is not None:
+        g = tl.minimum(tl.maximum(g, -clip_value), clip_value)
+    return g * _number(grad_scale, grad_scale_pointer)
+
+
+@triton.jit(do_not_specialize=["grad_scale"])
+def moments(
+    gradient,
+    of_rows,
+    of_columns,
+    rows,
+    columns,
+    loss_scale,
+    clip_value,
+    grad_scale,
+    grad_scale_pointer,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    r, c, index, inside = _tile(rows, columns, ROWS, COLUMNS)
+    g = _true_gradient(gradient, index, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer)
+    square = g * g
+    tl.store(of_rows + tl.program_id(1) * rows + r, tl.sum(square, 1), r < rows)
+    tl.store(of_columns + tl.program_id(0) * columns + c, tl.sum(square, 0), c < columns)
+
+
+@triton.jit(do_not_specialize=["grad_scale"])
+def squares(
+    target,
+    gradient,
+    by_row,
+    by_column,
+    of_update,
+    of_target,
+    rows,
+    columns,
+    loss_scale,
+    clip_value,
+    grad_scale,
+    grad_scale_pointer,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    r, c, index, inside = _tile(rows, columns, ROWS, COLUMNS)
+    g = _true_gradient(gradient, index, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer)
+    u = g * tl.load(by_row + r, r < rows)[:, None] * tl.load(by_column + c, c < columns)[None, :]
+    u = tl.where(inside, u, 0.0)
+    p = tl.load(target + index, inside, 0.0).to(tl.float32)
+    place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(of_update + place, tl.sum(tl.sum(u * u, 1), 0))
+    tl.store(of_target + place, tl.sum(tl.sum(p * p, 1), 0))
+
+
+@triton.jit(do_not_specialize=["grad_scale", "decay", "length", "origin", "key"])
+def descend(
+    target,
+    gradient,
+    by_row,
+    by_column,
+    finite,
+    rate,
+    decay,
+    decay_pointer,
+    rows,
+    columns,
+    loss_scale,
+    clip_value,
+    grad_scale,
+    grad_scale_pointer,
+    starts,
+    length,
+    origin,
+    key,
+    STOCHASTIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    if tl.load(finite):
+        r, c, index, inside = _tile(rows, columns, ROWS, COLUMNS)
+        g = _true_gradient(gradient, index, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer)
+        u = g * tl.load(by_row + r, r < rows)[:, None] * tl.load(by_column + c, c < columns)[None, :]
+        old = tl.load(target + index, inside, 0.0).to(tl.float32)
+        new = old * (1.0 - _number(decay, decay_pointer)) - tl.load(rate) * u
+        if STOCHASTIC:
+            counter = _counter(index, starts, length, origin, inside)
+            tl.store(target + index, _stochastic_bfloat16(new, counter, key), inside)
+        else:
+            tl.store(target + index, new.to(target.dtype.element_ty), inside)
