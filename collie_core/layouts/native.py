@@ -291,9 +291,16 @@ class NativeLayout:
         return self._mean_loss(total, batch)
 
     def _reduce_on(self, stage: Stage, last: bool) -> None:
-        """Whether ZeRO sums the next gradients over ranks; stage 1 does so at the last micro-batch alone."""
-        if self.placed.zero and (self.options.zero_stage == 1 or self.pipeline is not None):
+        """Whether ZeRO sums the next gradients over ranks; stage 1 does so at the last micro-batch alone.
+
+        Stages 1 and 2 have whole weights until then, which are not gathered for each micro-batch anew.
+        """
+        if not self.placed.zero:
+            return
+        if self.options.zero_stage == 1 or self.pipeline is not None:
             stage.set_requires_gradient_sync(last)  # type: ignore[operator]
+        if self.options.zero_stage in (1, 2):
+            stage.set_reshard_after_backward(last)  # type: ignore[operator]
 
     def _mean_loss(self, summed: Tensor, batch: StepBatch) -> Tensor:
         """The loss of the step over all data-parallel ranks, known to all ranks."""
