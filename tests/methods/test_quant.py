@@ -7,21 +7,26 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+import yaml
 from adapter_runs import adapter_of, lora_config, own_logits
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from training_helpers import config, losses
 
 from collie_core import AutoModelForCausalLM, Trainer
 from collie_core.checkpoint.store import read_metadata
+from collie_core.cli.methods import methods
 from collie_core.errors import UserError
 from collie_core.models.packed import pack_piece
 from collie_core.plugin import CheckpointError, Piece, Run, hookimpl
+from collie_core.registry import Registry
+from collie_core.registry.options import validate_options
+from collie_methods.quant.adapter import Quantiser
 from collie_methods.quant.formats import BlockFormat, Int8, Nf4
 
 KINDS = ["nf4", "int8"]
@@ -70,6 +75,21 @@ def test_a_piece_is_packed_as_it_lies_in_the_whole(kind: str) -> None:
 
     pack_piece(packing, piece, fill)
     assert torch.equal(piece.local, whole[piece.slices])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_declared_bytes_are_those_of_packed_weights(kind: str) -> None:
+    [declared] = [method.weights for method in methods() if method.name == kind]
+    plugin = Registry().load("adapter", kind).cls
+    sizes = get_args(get_type_hints(plugin.Options)["block_size"])
+    assert len(declared) == len(sizes)
+    for options, size in declared.items():
+        chosen: Any = validate_options(plugin, yaml.safe_load(f"{{{options}}}"))
+        model = nn.Module()
+        model.blocks = nn.ModuleDict({"0": nn.Linear(2048, 3)})
+        Quantiser(kind, chosen).adapt(model)
+        packed = model.get_parameter("blocks.0.weight")
+        assert packed.numel() * packed.element_size() == size * 3 * 2048, options
 
 
 class Watcher:
