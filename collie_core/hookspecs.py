@@ -11,6 +11,8 @@ Optimizers and adapters may state literals for `collie methods`: `supports`, wha
 by what has them: {"": {"element": 8}, "state_dtype: bfloat16": {"element": 4}}.  Those that have them:
 `element` (of any parameter), `vector element` (of one of fewer than two dimensions), `matrix element` and
 `row` and `column` (of the others); `block matrix element` (of a matrix of a block) and `other element`.
+An adapter that packs the linears of the blocks states `weight_bytes`, the bytes of a parameter of theirs by
+options: {"": 0.5625, "block_size: 32": 0.625}.
 
 Shapes: B rows, S positions, H heads, D head width, E hidden width, V vocabulary.
 """

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 def distributed() -> bool:
     """True where this process is one of several."""
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def first() -> bool:

@@ -48,6 +48,8 @@ def known_plugins() -> list[dict[str, Any]]:
                     entry["in_backward"] = True
                 if found.state_bytes:
                     entry["state_bytes"] = found.state_bytes
+                if found.weight_bytes:
+                    entry["weight_bytes"] = found.weight_bytes
                 entries.append(entry)
     present = {(entry["kind"], entry["name"]) for entry in entries}
     entries += [_entry(*planned, False) for planned in PLANNED if planned[:2] not in present]

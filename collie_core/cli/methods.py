@@ -19,9 +19,11 @@ SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 class Method:
     """An optimizer or adapter plugin.  status: that of `collie plugins`, or `missing`; version: "" then.
 
-    weights, gradients: bytes of a parameter of the model, by its dtype.  gradients: where a step is one
-    micro-batch (several are summed in fp32, 4 bytes); an optimizer that uses each in the backward pass keeps
-    none.  states: by options (those of the default: ""), by what has them, as `hookspecs` says.
+    weights: bytes of a parameter of the model, by its dtype; of an adapter that packs the linears of the
+    blocks, of a parameter of theirs, by options (those of the default: ""): all others are as they were.
+    gradients: by the dtype, where a step is one micro-batch (several are summed in fp32, 4 bytes); an
+    optimizer that uses each in the backward pass keeps none.
+    states: by options, by what has them, as `hookspecs` says.
     An adapter's own parameters, few, have gradients and states as the optimizer says; the model's have none.
     """
 
@@ -68,6 +70,7 @@ def methods() -> list[Method]:
                 supports=tuple(plugin.supports),
                 in_backward=plugin.in_backward,
                 state_bytes=plugin.state_bytes,
+                weight_bytes=plugin.weight_bytes,
             )
             known = (plugin.kind, plugin.name, "missing", plugin.distribution, "", plugin.summary)
             missing.append(_method(known, found, "" if plugin.released else "planned"))
@@ -80,7 +83,7 @@ def _method(known: tuple[str, str, str, str, str, str], found: Declarations, pro
     return Method(
         *known,
         in_backward=found.in_backward,
-        weights=SIZES,
+        weights=found.weight_bytes or SIZES,
         gradients=SIZES if kept else dict.fromkeys(SIZES, 0),
         states=found.state_bytes,
         supports=found.supports,
@@ -92,7 +95,9 @@ def _lines(method: Method) -> list[str]:
     """The method, what it costs, and what it goes together with."""
     lines = [f"{method.name}  {method.summary}", f"  {method.kind}, {state(method)}"]
     weights = "weights 2 bytes a parameter (4 in float32)"
-    if method.kind == "adapter":
+    if method.weights != SIZES:
+        lines.append(f"  {weights}, but those of the blocks' linears {_by_options(method.weights)}")
+    elif method.kind == "adapter":
         lines.append(f"  {weights}; gradients and states of what it adds alone, as the optimizer says")
     else:
         gradients = "none kept" if method.in_backward else "2 (4)"
@@ -105,6 +110,10 @@ def _lines(method: Method) -> list[str]:
     if method.supports:
         lines.append(f"  goes with {', '.join(method.supports)}")
     return lines
+
+
+def _by_options(sizes: Mapping[str, float]) -> str:
+    return ", ".join(f"{size:.5g}{f' with {options}' if options else ''}" for options, size in sizes.items())
 
 
 def _sizes(sizes: Mapping[str, float]) -> str:

@@ -147,6 +147,14 @@ def open_process_group(world: World, device: torch.device, timeout_s: float) -> 
     )
 
 
+def open_group_of_one(device: torch.device) -> None:
+    """A default process group of this process alone, for what wants one; whoever opens it destroys it."""
+    import torch.distributed as dist
+
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 def close_process_group() -> None:
     """End the process group; while an exception is handled, leave at once and tell the others."""
     import torch.distributed as dist

@@ -29,7 +29,8 @@ def held(config: CollieConfig, options: Options) -> dict[str, str]:
     if config.pp_size > 1:
         said["pipeline"] = _pipeline(config, options)
     if options.offload == "cpu":
-        said["offload"] = "weights, gradients and states are in host memory; weights visit the device"
+        visit = "a block's, each time it runs" if options.zero_stage == 3 else "all, from forward to backward"
+        said["offload"] = f"weights, gradients and states are in host memory; weights on the device: {visit}"
     return said
 
 

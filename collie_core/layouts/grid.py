@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from collie_core.launch.world import open_group_of_one
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -49,7 +51,8 @@ class Grid:
     mesh: the data-parallel ranks as FSDP2 wants them, also where there is one.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, sharded: bool = False) -> None:
+        """sharded: FSDP2 holds the parameters, for which even one process opens a process group."""
         config = run.config
         self.device = run.device
         sizes = (config.pp_size, config.dp_size, config.tp_size)
@@ -58,6 +61,9 @@ class Grid:
         self.ends: ProcessGroup | None = None
         self.mesh: DeviceMesh | None = None
         self._made: list[ProcessGroup] = []
+        self._opened = sharded and not dist.is_initialized()
+        if self._opened:
+            open_group_of_one(run.device)
         if not dist.is_initialized():
             return
         pp, dp, tp = sizes
@@ -128,6 +134,8 @@ class Grid:
         """Give back the groups; all ranks are done with them."""
         while self._made and dist.is_initialized():
             dist.destroy_process_group(self._made.pop())
+        if self._opened and dist.is_initialized():
+            dist.destroy_process_group()
 
     def _axis(self, members: list[Tensor]) -> Axis:
         """The axis of which `members` are the groups; one of all ranks, or of ranks that an earlier axis has

@@ -33,7 +33,8 @@ class NativeLayoutPlugin:
         numbers.  pp_microbatches: pieces of a rank's step batch in the pipeline; auto: of micro_batch_size
         rows, at least pp_size.  pp_stretches: stretches of blocks a rank has under `interleaved`.
         sequence_parallel: cut activations between tensor-parallel layers; auto: yes.
-        offload: `cpu` keeps weights, gradients and optimizer states in host memory.
+        offload: `cpu` keeps weights, gradients and optimizer states in host memory; with zero_stage 3 the
+        device has the weights of one block at a time, also where there is one process.
         """
 
         zero_stage: Literal[0, 1, 2, 3] = 0
@@ -94,7 +95,7 @@ class NativeLayout:
         self.run, self.options = run, options or NativeLayoutPlugin.Options()
         self.optimizer = None
         self.needs_norm = False
-        self.grid = Grid(run)
+        self.grid = Grid(run, self.options.shards_parameters(run.config.dp_size))
 
     # ------------------------------------------------------------ life
     def prepare(

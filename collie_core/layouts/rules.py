@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from collie_core.config.checks import product
 from collie_core.errors import Refusal
 
 if TYPE_CHECKING:
@@ -80,11 +79,13 @@ RULES: tuple[Rule, ...] = (
         lambda config, options: {"train.compile": False},
     ),
     Rule(
-        "layout.offload: cpu with one process",
-        "weights are moved to and from host memory by ZeRO, which one process does without",
-        "set offload to none, or dp_size above 1",
-        lambda config, options: options.offload == "cpu" and product(config) == 1,
-        lambda config, options: {"layout.offload": "none"},
+        "layout.offload: cpu with layout.zero_stage: 0 and dp_size above 1",
+        "it is ZeRO that moves weights to and from host memory, and it cuts them",
+        "set zero_stage to 3, or offload to none",
+        lambda config, options: (
+            options.offload == "cpu" and options.zero_stage == 0 and config.dp_size > 1
+        ),
+        lambda config, options: {"layout.zero_stage": 3},
     ),
     Rule(
         "pp_size",

@@ -92,7 +92,7 @@ class AdaptedEmbedding(nn.Embedding):
 
     def lookup(self, ids: Tensor) -> Tensor:
         """ids (B, S), none negative -> (B, S, E)."""
-        return F.embedding(ids, self.weight)
+        return F.embedding(ids, self.weight, self.padding_idx)
 
     def forward(self, input: Tensor) -> Tensor:
         """ids (B, S) -> (B, S, E)."""
@@ -105,19 +105,28 @@ class AdaptedEmbedding(nn.Embedding):
 
 
 def adapt_embedding(model: nn.Module, path: str, name: str, change: nn.Module) -> None:
-    """Let adapter `name` change the embedding at `path`.  Raises ConfigError where it is no plain one."""
+    """Let adapter `name` change the embedding at `path`; a `padding_idx` stays.
+
+    Raises ConfigError where it is no plain one, or looking up a word changes more than its own vector.
+    """
     embedding = model.get_submodule(path)
-    if type(embedding) is nn.Embedding:
-        plain, embedding = embedding, AdaptedEmbedding(embedding.num_embeddings, embedding.embedding_dim)
-        embedding.weight = plain.weight
-        _put(model, path, embedding)
     if not isinstance(embedding, AdaptedEmbedding):
-        raise ConfigError(f"{path} is a {type(embedding).__name__}, which adapters cannot change")
+        _check_plain(path, embedding, nn.Embedding)
+        assert isinstance(embedding, nn.Embedding)
+        for key in ("max_norm", "scale_grad_by_freq", "sparse"):  # virtual tokens would count as words
+            if getattr(embedding, key):
+                raise ConfigError(f"{path} is an embedding with {key}, which adapters cannot change")
+        plain, embedding = embedding, AdaptedEmbedding(embedding.num_embeddings, embedding.embedding_dim)
+        embedding.weight, embedding.padding_idx = plain.weight, plain.padding_idx
+        _put(model, path, embedding)
     embedding.adapters[name] = change
 
 
 def add_delta(model: nn.Module, path: str, name: str, delta: Delta) -> None:
-    """Let adapter `name` change the linear at `path`.  Raises PluginError where there already is one."""
+    """Let adapter `name` change the linear at `path`.
+
+    Raises ConfigError where it is no plain one, PluginError where there already is an adapter of this name.
+    """
     linear = adapted_linear(model, path)
     if name in linear.adapters:
         raise PluginError(f"{path} already has an adapter named {name!r}")
@@ -125,11 +134,12 @@ def add_delta(model: nn.Module, path: str, name: str, delta: Delta) -> None:
 
 
 def adapted_linear(model: nn.Module, path: str) -> AdaptedLinear:
-    """The linear at `path`, made one that can be adapted."""
+    """The linear at `path`, made one that can be adapted.  Raises ConfigError where it is no plain one."""
     linear = model.get_submodule(path)
-    assert isinstance(linear, nn.Linear)
     if isinstance(linear, AdaptedLinear):
         return linear
+    _check_plain(path, linear, nn.Linear)
+    assert isinstance(linear, nn.Linear)
     made = AdaptedLinear(linear.in_features, linear.out_features)
     made.weight, made.bias = linear.weight, linear.bias
     _put(model, path, made)
@@ -157,6 +167,12 @@ def merge_deltas(model: nn.Module, name: str) -> None:
             plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
             plain.weight, plain.bias = linear.weight, linear.bias
             _put(model, path, plain)
+
+
+def _check_plain(path: str, module: nn.Module, kind: type[nn.Module]) -> None:
+    """What a subclass computes would be lost."""
+    if type(module) is not kind:
+        raise ConfigError(f"{path} is a {type(module).__name__}, which adapters cannot change")
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -6,6 +6,7 @@ A plugin class may state, as literals,
     checkpoints = ({"name": "openlm-research/open_llama_3b", "parameters": "3.4B", "licence": "..."}, ...)
     in_backward = True
     state_bytes = {"": {"element": 8}, "state_dtype: bfloat16": {"element": 4}}
+    weight_bytes = {"": 0.5625, "block_size: 32": 0.625}
 
 (`collie_core.hookspecs` says which kind states what), or have them from a base class in the same file.
 """
@@ -20,20 +21,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STATED = ("checkpoints", "supports", "in_backward", "state_bytes")
+STATED = ("checkpoints", "supports", "in_backward", "state_bytes", "weight_bytes")
 
 
 @dataclass(frozen=True)
 class Declarations:
     """summary: the first line of the class's docstring.  checkpoints: mappings with `name`, and `parameters`
     and `licence` where they are stated.  supports: what it can do, or be combined with, in words.
-    in_backward: gradients are used and freed one by one.  state_bytes: by options, what has how many."""
+    in_backward: gradients are used and freed one by one.  state_bytes: by options, what has how many.
+    weight_bytes: by options, how many a parameter of the model has that is packed."""
 
     summary: str = ""
     checkpoints: tuple[Mapping[str, str], ...] = ()
     supports: tuple[str, ...] = ()
     in_backward: bool = False
     state_bytes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    weight_bytes: Mapping[str, float] = field(default_factory=dict)
 
 
 def declared(value: str, roots: Sequence[Path] | None = None) -> Declarations:
@@ -62,7 +65,7 @@ def _of_class(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> Declar
     checkpoints = tuple(c for c in _listed(literals, "checkpoints") if isinstance(c, dict) and "name" in c)
     stated = literals.get("state_bytes")
     state_bytes = {
-        str(options): {str(what): size for what, size in sizes.items() if isinstance(size, int | float)}
+        str(options): _sizes(sizes)
         for options, sizes in (stated.items() if isinstance(stated, dict) else ())
         if isinstance(sizes, dict)
     }
@@ -72,6 +75,7 @@ def _of_class(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> Declar
         tuple(map(str, _listed(literals, "supports"))),
         literals.get("in_backward") is True,
         state_bytes,
+        _sizes(literals.get("weight_bytes")),
     )
 
 
@@ -97,6 +101,12 @@ def _literals(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> dict[s
 def _listed(literals: Mapping[str, Any], name: str) -> list[Any]:
     found = literals.get(name)
     return list(found) if isinstance(found, list | tuple) else []
+
+
+def _sizes(stated: object) -> dict[str, float]:
+    """The numbers of a mapping."""
+    found = stated if isinstance(stated, dict) else {}
+    return {str(what): size for what, size in found.items() if isinstance(size, int | float)}
 
 
 def _files(module: str, roots: Sequence[Path] | None) -> list[Path]:

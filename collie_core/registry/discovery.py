@@ -54,7 +54,7 @@ class PluginInfo:
 class KnownPlugin:
     """A plugin of this project, installed or not; for hints and lists only.
 
-    supports, checkpoints, in_backward, state_bytes: what it declares (see `declarations`).
+    supports, checkpoints, in_backward, state_bytes, weight_bytes: what it declares (see `declarations`).
     """
 
     kind: str
@@ -66,6 +66,7 @@ class KnownPlugin:
     checkpoints: tuple[Mapping[str, str], ...] = ()
     in_backward: bool = False
     state_bytes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    weight_bytes: Mapping[str, float] = field(default_factory=dict)
 
 
 def known_plugins() -> list[KnownPlugin]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from collie_core.errors import ConfigError
+from collie_core.launch.world import open_group_of_one
 from collie_core.models.generation import GenerationOptions, generate_with
 from collie_core.ops import Context, KVCache, select_ops
 from collie_methods.deepspeed_layout import ds_config, states
@@ -48,8 +49,7 @@ class DeepSpeedLayout:
         self._deepspeed = import_deepspeed(run.device)
         self._opened = not dist.is_initialized()
         if self._opened:  # DeepSpeed wants a process group even for one process
-            backend = "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            open_group_of_one(run.device)
         self._deepspeed.init_distributed(verbose=False)
 
     # ------------------------------------------------------------ life

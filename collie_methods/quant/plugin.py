@@ -86,9 +86,25 @@ class Nf4Plugin(_QuantPlugin):
     """4-bit NormalFloat weights, frozen (QLoRA: Dettmers et al. 2023, arXiv 2305.14314)."""
 
     kind = "nf4"
+    weight_bytes = {  # half a byte, and 4 of a block's scale
+        "": 0.5625,
+        "block_size: 32": 0.625,
+        "block_size: 128": 0.53125,
+        "block_size: 256": 0.515625,
+        "block_size: 512": 0.5078125,
+        "block_size: 1024": 0.50390625,
+    }
 
 
 class Int8Plugin(_QuantPlugin):
     """8-bit weights in even steps, frozen."""
 
     kind = "int8"
+    weight_bytes = {  # a byte, and 4 of a block's scale
+        "": 1.0625,
+        "block_size: 32": 1.125,
+        "block_size: 128": 1.03125,
+        "block_size: 256": 1.015625,
+        "block_size: 512": 1.0078125,
+        "block_size: 1024": 1.00390625,
+    }

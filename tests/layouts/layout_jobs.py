@@ -34,6 +34,7 @@ PRELOADED = (
 #: name -> (processes, keys of the config).  Two rows a step on each of two ranks are four on one.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),
+    "offload": (1, {"layout": {"zero_stage": 3, "offload": "cpu"}}),
     "dp2_zero0": (2, {"dp_size": 2}),
     "dp2_zero1": (2, {"dp_size": 2, "layout": {"zero_stage": 1}}),
     "dp2_zero2": (2, {"dp_size": 2, "layout": {"zero_stage": 2}}),

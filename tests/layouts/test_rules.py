@@ -32,9 +32,12 @@ REFUSED: dict[str, list[list[str]]] = {
     ],
     "layout.sequence_parallel: true with tp_size: 1": [["layout.sequence_parallel=true", "dp_size=2"]],
     "layout.offload: cpu with train.compile: true": [
-        ["dp_size=2", "layout.offload=cpu", "train.compile=true"]
+        ["layout.offload=cpu", "train.compile=true"],
+        ["dp_size=2", "layout.offload=cpu", "layout.zero_stage=2", "train.compile=true"],
     ],
-    "layout.offload: cpu with one process": [["layout.offload=cpu"]],
+    "layout.offload: cpu with layout.zero_stage: 0 and dp_size above 1": [
+        ["dp_size=2", "layout.offload=cpu"]
+    ],
     "optimizer with tp_size or layout.zero_stage": [
         ["optimizer.name=adafactor", "tp_size=2"],
         ["optimizer.name=adafactor", "dp_size=2", "layout.zero_stage=1"],
@@ -112,6 +115,22 @@ def test_an_accepted_config_says_what_each_rank_holds(
     assert layout["processes"].endswith("= 4")
     assert "1/2 of every matrix" in layout["weights"] and "(1 bytes per" in layout["weights"]
     assert "(1 bytes per" in layout["gradients"] and "1/4" in layout["optimizer states"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "weights", "offload"),
+    [
+        (["layout.zero_stage=3"], "all of the model (4", "a block's, each time it runs"),
+        (["dp_size=2", "layout.zero_stage=2"], "1/2 (zero_stage 2)", "all, from forward to backward"),
+        (["dp_size=2", "layout.zero_stage=3"], "1/2 (zero_stage 3)", "a block's, each time it runs"),
+    ],
+)
+def test_what_is_held_under_offload(
+    overrides: list[str], weights: str, offload: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = explained(capsys, 0, config, "layout.offload=cpu", *overrides)["explanation"]
+    [layout] = [topics for origin, topics in said.items() if "layout" in origin]
+    assert weights in layout["weights"] and offload in layout["offload"]
 
 
 @pytest.mark.parametrize(

@@ -5,23 +5,30 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from adapter_runs import adapter_of, lora_config, own_logits
+import yaml
+from adapter_runs import IDS, adapter_of, lora_config, own_logits
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from training_helpers import config, losses
 
 from collie_core import AutoModelForCausalLM, Trainer
 from collie_core.checkpoint.store import read_metadata
+from collie_core.cli.methods import methods
 from collie_core.errors import UserError
 from collie_core.models.packed import pack_piece
 from collie_core.plugin import CheckpointError, Piece, Run, hookimpl
+from collie_core.registry import Registry
+from collie_core.registry.options import validate_options
+from collie_methods.quant.adapter import Quantiser
 from collie_methods.quant.formats import BlockFormat, Int8, Nf4
 
 KINDS = ["nf4", "int8"]
@@ -72,6 +79,21 @@ def test_a_piece_is_packed_as_it_lies_in_the_whole(kind: str) -> None:
     assert torch.equal(piece.local, whole[piece.slices])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_declared_bytes_are_those_of_packed_weights(kind: str) -> None:
+    [declared] = [method.weights for method in methods() if method.name == kind]
+    plugin = Registry().load("adapter", kind).cls
+    sizes = get_args(get_type_hints(plugin.Options)["block_size"])
+    assert len(declared) == len(sizes)
+    for options, size in declared.items():
+        chosen: Any = validate_options(plugin, yaml.safe_load(f"{{{options}}}"))
+        model = nn.Module()
+        model.blocks = nn.ModuleDict({"0": nn.Linear(2048, 3)})
+        Quantiser(kind, chosen).adapt(model)
+        packed = model.get_parameter("blocks.0.weight")
+        assert packed.numel() * packed.element_size() == size * 3 * 2048, options
+
+
 class Watcher:
     """The shards of a run after it."""
 
@@ -116,6 +138,35 @@ def test_training_merging_and_evaluating(
     change = 4.0 * adapter[f"{prefix}B.weight"] @ adapter[f"{prefix}A.weight"]
     quantised = torch.stack([theirs(kind, row, 32) for row in original[name].float()])
     torch.testing.assert_close(merged[name], quantised + change, rtol=1e-5, atol=1e-6)
+
+
+def test_stock_peft_reads_the_adapter_on_a_base_that_bitsandbytes_quantised(
+    make_llama: Callable[..., Path], data_file: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM as Stock
+    from transformers import BitsAndBytesConfig
+
+    model = make_llama(hidden_size=64, intermediate_size=128)  # rows of whole blocks, as theirs are then
+    result = Trainer(lora_config(model, data_file, tmp_path / "run", {"name": "nf4"}, LORA)).train()
+    adapter = adapter_of(result)
+    how = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    stock: Any = Stock.from_pretrained(model, quantization_config=how, dtype=torch.float32)
+    ours = AutoModelForCausalLM.from_pretrained(adapter)
+    compared = 0
+    for name, module in stock.model.layers.named_modules():
+        if isinstance(module, Linear4bit):
+            compared += 1
+            weight = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            own = ours.get_submodule(f"blocks.{name.replace('self_attn', 'attention')}")
+            assert torch.equal(weight, own.matrix(torch.float32)), name
+    assert compared == 7 * len(stock.model.layers)
+    peft: Any = PeftModel.from_pretrained(stock, str(adapter)).eval()
+    with torch.no_grad():
+        difference = peft(IDS).logits - ours(IDS).logits
+    assert float(difference.abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("variant", [{"use_dora": True}, {"init_lora_weights": "pissa"}])

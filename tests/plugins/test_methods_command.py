@@ -135,6 +135,11 @@ def test_no_plugin_and_no_torch_is_imported() -> None:
         "  states: 8 bytes an element",
         "  states with state_dtype: bfloat16: 4 bytes an element",
     ]
+    nf4 = done.stdout.split("\nnf4  ")[1].splitlines()
+    assert nf4[2].startswith(
+        "  weights 2 bytes a parameter (4 in float32), but those of the blocks' linears 0.5625, "
+        "0.625 with block_size: 32, "
+    )
 
 
 def test_json_is_one_list(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,6 +149,8 @@ def test_json_is_one_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["lomo"]["in_backward"] and not any(found["lomo"]["states"][""].values())
     assert found["adamw"]["weights"] == {"bfloat16": 2, "float16": 2, "float32": 4}
     assert found["adamw"]["states"]["state_dtype: bfloat16"] == {"element": 4}
+    assert found["nf4"]["weights"][""] == 0.5625 and found["int8"]["weights"]["block_size: 32"] == 1.125
+    assert found["lora"]["weights"] == found["adamw"]["weights"]
     assert found["lora"]["kind"] == "adapter" and not any(found["lora"]["gradients"].values())
     for entry in found.values():
         assert entry["summary"] and (entry["kind"] == "adapter" or (entry["states"] and entry["supports"]))
@@ -159,6 +166,7 @@ import no_such_library
 class Base:
     supports = ("zero",)
     state_bytes = {"": {"element": 4, "wrong": "four"}, "3": 5}
+    weight_bytes = {"": 3, "wrong": None}
 
 
 class Plugin(Base):
@@ -174,7 +182,7 @@ class Plugin(Base):
     [entry] = json.loads(capsys.readouterr().out)
     assert (entry["distribution"], entry["summary"]) == (distribution, "Acme's optimizer")
     assert (entry["in_backward"], entry["supports"]) == (True, ["zero"])
-    assert entry["states"] == {"": {"element": 4}}
+    assert (entry["states"], entry["weights"]) == ({"": {"element": 4}}, {"": 3})
 
 
 def test_an_unknown_method_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
