@@ -133,9 +133,7 @@ class NativeLayout:
         )
         self.optimizer = make_optimizer(self.model)
 
-    def check_model(
-        self, model: nn.Module, provider: ModelProvider, adapters: Sequence[Adapter]
-    ) -> None:
+    def check_model(self, model: nn.Module, provider: ModelProvider, adapters: Sequence[Adapter]) -> None:
         """Refuse sizes that the complete module does not fit; see `Layout.check_model`."""
         if self.grid.world.group is not None:
             from collie_core.layouts.distribute import check_sizes
@@ -143,6 +141,8 @@ class NativeLayout:
             check_sizes(model, self.run, provider, adapters, self.grid, self.options)
 
     def _place(self, provider: ModelProvider, adapters: Sequence[Adapter], training: bool) -> Placed:
+        import torch
+
         from collie_core.layouts.build import place_whole
         from collie_core.ops import select_ops
 
@@ -152,6 +152,8 @@ class NativeLayout:
             cross_entropy=config.ops.cross_entropy,
             use_flash=config.use_flash,
             device=run.device,
+            dtype=getattr(torch, config.model.dtype),
+            deterministic=config.train.deterministic,
         )
         run.resolved["ops"] = ops.describe()
         if self.grid.world.group is not None:
