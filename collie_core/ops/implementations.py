@@ -21,8 +21,8 @@ class Implementation:
     """How attention is computed.
 
     build: the function.  packed: what computes packed rows.  flash: it is FlashAttention.  cuda: it needs
-    CUDA.  half: it takes bf16 and fp16 alone, from compute capability 8.0 on.  packages: the distributions that may have
-    it; none: torch.  repeatable: its backward pass can be deterministic.
+    CUDA.  half: it takes bf16 and fp16 alone, from compute capability 8.0 on.  packages: the distributions
+    that may have it; none: torch.  repeatable: its backward pass can be deterministic.
     """
 
     build: Callable[[], Attention]
