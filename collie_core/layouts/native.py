@@ -210,11 +210,12 @@ class NativeLayout:
             norm = measured if name in ("norm", "update") else None
         assert norm is not None
         finite = torch.isfinite(loss) & torch.isfinite(norm)
-        if not self.optimizer.in_backward:
-            self._step(lr, norm, finite)
-        self.gradients.drop()
-        # the one place where the step waits for the device
+        # the one place where the step waits for the device; an optimizer that follows the backward pass is
+        # asked for after it, since it may not be asked at all
         figures = torch.stack([loss, norm, torch.isfinite(loss).float(), finite.float()]).tolist()
+        if not self.optimizer.in_backward and figures[-1]:
+            self._step(lr, norm)
+        self.gradients.drop()
         return self._figures(*figures)
 
     def _pass(self, name: str, batch: StepBatch, lr: float, norm: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -316,11 +317,9 @@ class NativeLayout:
             return 1.0
         return (limit / (norm + 1e-6)).clamp(max=1.0)
 
-    def _step(self, lr: float, norm: Tensor, finite: Tensor) -> None:
+    def _step(self, lr: float, norm: Tensor) -> None:
         """Unscale, clip and update for an optimizer that runs after the backward pass."""
         assert self.optimizer is not None
-        if not bool(finite):
-            return
         limit = self.run.config.optimizer.clip_grad_value
         factor = self._clip_factor(norm)
         changed = self.loss_scale.enabled or limit is not None or not isinstance(factor, float)

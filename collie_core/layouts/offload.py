@@ -25,6 +25,11 @@ class Offloaded:
         self.blocks = blocks
         self._host = _HostBuffers(torch.cuda.Stream(device))
 
+    @property
+    def host_bytes(self) -> int:
+        """Page-locked memory that is held, while no graph is alive."""
+        return self._host.size
+
     def __call__(self, h: Tensor, context: Context) -> Tensor:
         """h (B, S, E) -> (B, S, E)."""
         before: _Input | None = None
@@ -45,6 +50,11 @@ class _HostBuffers:
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.stream = stream
         self._free: list[Tensor] = []
+
+    @property
+    def size(self) -> int:
+        """Bytes that are free."""
+        return sum(buffer.numel() for buffer in self._free)
 
     def take(self, size: int) -> Tensor:
         """One of at least `size` bytes: the smallest free one, else a new one in place of the largest."""

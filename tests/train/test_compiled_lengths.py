@@ -55,7 +55,7 @@ def test_a_run_of_many_lengths_compiles_twice(
         Trainer(cfg, train_dataset=records, callbacks=[graphs] if compiled else []).train()
         runs.append(tmp_path / f"{compiled}")
     assert len(set(lengths)) > 30 and len(graphs.after) > 4
-    assert graphs.after[-1] == graphs.after[2], graphs.after  # the last batch of an epoch is smaller
+    assert graphs.made <= 2, graphs.after  # the first length and all others; the last batch is smaller, too
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
     assert largest_difference(weights(runs[0]), weights(runs[1])) < 1e-5
 
