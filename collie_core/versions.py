@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib import metadata
 
 LIBRARIES = (
@@ -16,14 +17,19 @@ LIBRARIES = (
     "huggingface-hub",
     "numpy",
 )
+#: Used where they are found, and not missed where they are not.
+OPTIONAL = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of each library, or `not installed`."""
+    """Of Python and of each library, or `not installed`; of optional ones where they are installed."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
+    for name in OPTIONAL:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     return found

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from collie_core.ops.context import Records
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class MicroBatch:
     positions: int64 (rows, length), restarting at each record of a packed row; None means 0..length-1.
     segments: int64 (rows, length), 1, 2, ... for the records of a packed row, 0 on padding; None where
         every row is one record (padding on the right is then harmless under causal attention).
+    bounds: what segments say, as kernels take it; None where segments are None.
     records: for each row the sources of its records, such as `data/train.jsonl:17`, for messages.
     tokens: tokens that are not padding.
     """
@@ -30,16 +34,24 @@ class MicroBatch:
     segments: Tensor | None
     records: tuple[tuple[str, ...], ...]
     tokens: int
+    bounds: Records | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device` (copied without blocking)."""
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        ids, labels = move(self.input_ids), move(self.labels)
-        assert ids is not None and labels is not None
-        return MicroBatch(ids, labels, move(self.positions), move(self.segments), self.records, self.tokens)
+    def each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        """The same batch with every tensor changed."""
+        bounds = self.bounds
+        return replace(
+            self,
+            input_ids=change(self.input_ids),
+            labels=change(self.labels),
+            positions=None if self.positions is None else change(self.positions),
+            segments=None if self.segments is None else change(self.segments),
+            bounds=None if bounds is None else replace(bounds, starts=change(bounds.starts)),
+        )
 
     @property
     def target_tokens(self) -> int:

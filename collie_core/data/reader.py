@@ -106,9 +106,7 @@ class DataReader:
             self._position = position
             yield batch
 
-    def _steps(
-        self, epoch: int, row: int, final: int | None
-    ) -> Iterator[tuple[StepBatch, tuple[int, int]]]:
+    def _steps(self, epoch: int, row: int, final: int | None) -> Iterator[tuple[StepBatch, tuple[int, int]]]:
         """Each step with the position after it; an epoch is packed when its first step is made."""
         step = self.total_steps(epoch) + row // self._global_rows
         while final is None or step < final:
@@ -139,7 +137,13 @@ class DataReader:
     def _step_batch(self, rows: Rows, first: int, last: int, step: int, epoch: int) -> StepBatch:
         mine = rank_rows(rows, first, last, self._rank, self._ranks)
         batches = tuple(
-            collate(self.dataset, part, packing=self._packing, pad_token_id=self._pad_token_id)
+            collate(
+                self.dataset,
+                part,
+                packing=self._packing,
+                pad_token_id=self._pad_token_id,
+                max_length=self._max_length,
+            )
             for part in self._parts(mine)
         )
         return StepBatch(
@@ -176,9 +180,14 @@ class EvaluationBatches:
 
     def _batches(self) -> Iterator[MicroBatch]:
         rows = single_rows(np.arange(len(self.dataset)))
-        size = self._micro_batch_size * self._ranks
+        size, longest = self._micro_batch_size * self._ranks, int(self.dataset.lengths.max())
         for first in range(0, len(rows), size):
             mine = rank_rows(rows, first, min(first + size, len(rows)), self._rank, self._ranks)
             yield from micro_batches(
-                self.dataset, mine, self._micro_batch_size, packing=False, pad_token_id=self._pad_token_id
+                self.dataset,
+                mine,
+                self._micro_batch_size,
+                packing=False,
+                pad_token_id=self._pad_token_id,
+                max_length=longest,
             )

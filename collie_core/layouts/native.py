@@ -134,9 +134,7 @@ class NativeLayout:
         )
         self.optimizer = make_optimizer(self.model)
 
-    def check_model(
-        self, model: nn.Module, provider: ModelProvider, adapters: Sequence[Adapter]
-    ) -> None:
+    def check_model(self, model: nn.Module, provider: ModelProvider, adapters: Sequence[Adapter]) -> None:
         """Refuse sizes that the complete module does not fit; see `Layout.check_model`."""
         if self.grid.world.group is not None:
             from collie_core.layouts.distribute import check_sizes
@@ -144,6 +142,8 @@ class NativeLayout:
             check_sizes(model, self.run, provider, adapters, self.grid, self.options)
 
     def _place(self, provider: ModelProvider, adapters: Sequence[Adapter], training: bool) -> Placed:
+        import torch
+
         from collie_core.layouts.build import place_whole
         from collie_core.ops import select_ops
 
@@ -153,6 +153,8 @@ class NativeLayout:
             cross_entropy=config.ops.cross_entropy,
             use_flash=config.use_flash,
             device=run.device,
+            dtype=getattr(torch, config.model.dtype),
+            deterministic=config.train.deterministic,
         )
         run.resolved["ops"] = ops.describe()
         if self.grid.world.group is not None:
@@ -209,11 +211,12 @@ class NativeLayout:
             norm = measured if name in ("norm", "update") else None
         assert norm is not None
         finite = torch.isfinite(loss) & torch.isfinite(norm)
-        if not self.optimizer.in_backward:
+        # the one place where the step waits for the device; an optimizer that follows the backward pass is
+        # asked for after it, since it may not be asked at all
+        figures = torch.stack([loss, norm, torch.isfinite(loss).float(), finite.float()]).tolist()
+        if not self.optimizer.in_backward and figures[-1]:
             self._step(lr, norm, finite)
         self.gradients.drop()
-        # the one place where the step waits for the device
-        figures = torch.stack([loss, norm, torch.isfinite(loss).float(), finite.float()]).tolist()
         return self._figures(*figures)
 
     def _pass(self, name: str, batch: StepBatch, lr: float, norm: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -329,8 +332,6 @@ class NativeLayout:
         if update_all is not None:
             self.optimizer.begin_pass("update", lr, self.loss_scale.value, self._clip_factor(norm))
             update_all(self.gradients.kept(), finite)
-            return
-        if not bool(finite):
             return
         limit = self.run.config.optimizer.clip_grad_value
         factor = self._clip_factor(norm)

@@ -1,9 +1,15 @@
-"""Activation checkpointing: which blocks recompute their forward in the backward pass, and how."""
+"""Activation checkpointing: which blocks recompute their forward in the backward pass, and how.
+
+`none` and `full` say it for all blocks, a number for the first so many.  `selective` recomputes all of every
+block but its attention: per byte that is kept, attention saves the most time in long rows (see
+docs/decisions/recomputation.md).  `offload` is `full` with the blocks' inputs in host memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from sys import stderr
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,26 +23,7 @@ if TYPE_CHECKING:
     from collie_core.run import Run
 
 BlockRunner = Callable[[Tensor, "Context"], Tensor]
-
-#: Results that `selective` keeps: matrix products and attention, the dear part of a block.
-_KEPT_OPS = frozenset(
-    {
-        torch.ops.aten.mm.default,
-        torch.ops.aten.addmm.default,
-        torch.ops.aten.bmm.default,
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    }
-)
-
-
-def _selective_contexts() -> Any:
-    def policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in _KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
+SelectiveBlock = Callable[[nn.Module, Tensor, "Context"], Tensor]
 
 
 def runner_for(
@@ -58,7 +45,7 @@ def runner_for(
     if isinstance(mode, dict):  # measured by an earlier start, by stretch
         mode = mode.get(str(begin), "auto")
         if mode != "auto":
-            return partial(_run, blocks, mode)
+            return _runner(blocks, mode, run)
     if isinstance(mode, int) and mode > total:
         message = f"{mode} blocks, but the model has {total}"
         raise run.config.problems(ConfigProblems([(("train", "activation_checkpointing"), message)]))
@@ -68,27 +55,60 @@ def runner_for(
         run.resolved["activation_checkpointing"] = mode
         if isinstance(mode, int):
             mode = min(max(mode - begin, 0), len(blocks))
-        return partial(_run, blocks, mode)
+        return _runner(blocks, mode, run)
     return _Measured(blocks, run, agree, str(begin) if len(blocks) < total else None)
 
 
-def _run(blocks: list[nn.Module], mode: str | int, h: Tensor, context: Context) -> Tensor:
-    """Every block in turn; the first `mode` of them (all under full, selective, offload) recomputed."""
-    recomputed = {"none": 0, "full": len(blocks), "selective": len(blocks), "offload": len(blocks)}.get(
-        str(mode), mode
-    )
+def _runner(blocks: list[nn.Module], mode: str | int, run: Run) -> BlockRunner:
+    if mode == "selective":
+        return partial(_keep_attention, blocks, _compiled_too(run))
+    if mode == "offload" and run.device.type == "cuda":
+        from collie_core.layouts.offload import Offloaded
+
+        return Offloaded(blocks, run.device)
+    recomputed = {"none": 0, "full": len(blocks), "offload": len(blocks)}.get(str(mode), mode)
     assert isinstance(recomputed, int)
+    return partial(_run, blocks, recomputed)
+
+
+def _run(blocks: list[nn.Module], recomputed: int, h: Tensor, context: Context) -> Tensor:
+    """Every block in turn; the first `recomputed` of them from their inputs."""
     for index, block in enumerate(blocks):
-        if index >= recomputed:
-            h = block(h, context)
-        elif mode == "selective":
-            h = checkpoint(block, h, context, use_reentrant=False, context_fn=_selective_contexts)
-        elif mode == "offload":
-            with torch.autograd.graph.save_on_cpu(pin_memory=h.is_cuda):
-                h = checkpoint(block, h, context, use_reentrant=False)
-        else:
-            h = checkpoint(block, h, context, use_reentrant=False)
+        again = index < recomputed
+        h = checkpoint(block, h, context, use_reentrant=False) if again else block(h, context)
     return h
+
+
+def _keep_attention(
+    blocks: list[nn.Module], selective: SelectiveBlock, h: Tensor, context: Context
+) -> Tensor:
+    for block in blocks:
+        h = selective(block, h, context)
+    return h
+
+
+def _selective(block: nn.Module, h: Tensor, context: Context) -> Tensor:
+    """The block; its backward pass computes all of it again but its attention."""
+    result: Tensor = checkpoint(
+        lambda h: block(h, context), h, use_reentrant=False, context_fn=_attention_kept
+    )
+    return result
+
+
+def _compiled_too(run: Run) -> SelectiveBlock:
+    """`_selective`, compiled where blocks are: the choice of what is kept must be within their graph."""
+    return torch.compile(_selective) if run.resolved.get("compile") else _selective
+
+
+def _attention_kept() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    """Every kernel of attention says what it is: torch's, its custom operators, and those of packages."""
+    name = op.name()
+    kept = "attention" in name or "attn" in name
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class _Measured:
@@ -99,19 +119,22 @@ class _Measured:
     ) -> None:
         """stretch: the name of these blocks among all of the model; None: they are all."""
         self.blocks, self.run, self.agree, self.stretch = blocks, run, agree, stretch
-        self.mode: str | int = "auto"
+        self.recomputed: int | None = None
 
     def __call__(self, h: Tensor, context: Context) -> Tensor:
-        if self.mode == "auto":
+        if self.recomputed is None:
             chosen = self._choose(h, context)
-            self.mode = chosen if self.agree is None else self.agree(chosen)
-            resolved = self.run.resolved
-            if self.stretch is None:
-                resolved["activation_checkpointing"] = self.mode
-            else:  # this rank may have several
-                others = resolved.get("activation_checkpointing", {})
-                resolved["activation_checkpointing"] = {**others, self.stretch: self.mode}
-        return _run(self.blocks, self.mode, h, context)
+            self.recomputed = chosen if self.agree is None else self.agree(chosen)
+            self._tell(self.recomputed)
+        return _run(self.blocks, self.recomputed, h, context)
+
+    def _tell(self, chosen: int) -> None:
+        """Note the choice for run.json and for a start that goes on, and say it."""
+        resolved, key = self.run.resolved, "activation_checkpointing"
+        resolved[key] = chosen if self.stretch is None else {**resolved.get(key, {}), self.stretch: chosen}
+        if self.run.first:
+            told = f"train.{key}: auto: {chosen} of {len(self.blocks)} blocks are recomputed"
+            print(told, file=stderr, flush=True)
 
     def _choose(self, h: Tensor, context: Context) -> int:
         kept: dict[int, int] = {}

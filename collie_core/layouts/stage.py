@@ -14,6 +14,7 @@ from collie_core.errors import ConfigError, UserError
 from collie_core.layouts.recompute import BlockRunner, runner_for
 from collie_core.models.forward import model_context
 from collie_core.ops import Context, KVCache
+from collie_core.ops.context import Records
 
 if TYPE_CHECKING:
     from collie_core.layouts.tensor_parallel import TensorParallel
@@ -58,6 +59,8 @@ class Stage(nn.Module):
         self.trains_before, self.trains = trains_before, trains
         self._as_context: Callable[[Context], Context] = lambda ctx: model_context(model, ctx)
         self.run_blocks: BlockRunner | None = None
+        self.compiled = False
+        self._most_rows = {True: 0, False: 0}  # of a batch so far, by whether it trains
 
     def resolve(
         self, training: bool, agree: Callable[[int], int] | None = None, may_compile: bool = True
@@ -70,14 +73,12 @@ class Stage(nn.Module):
         train, resolved = self.run.config.train, self.run.resolved
         on_cuda = self.run.device.type == "cuda" and may_compile
         compiled = resolved.get("compile", on_cuda if train.compile == "auto" else train.compile)
-        resolved["compile"] = compiled
+        resolved["compile"] = self.compiled = compiled
         blocks = list(self.blocks.values())
         if compiled:
             for block in blocks:
                 block.compile()
-        self.run_blocks = (
-            runner_for(blocks, self.run, agree, self.begin, self.total) if training else None
-        )
+        self.run_blocks = runner_for(blocks, self.run, agree, self.begin, self.total) if training else None
 
     def forward(self, batch: MicroBatch, h: Tensor | None = None, custom: bool = True) -> Tensor:
         """The loss summed over the target tokens (0-d, fp32) where the head is here, else the hidden output.
@@ -85,9 +86,12 @@ class Stage(nn.Module):
         h: what the stage before gave, (rows, length, hidden), its length cut under sequence parallelism.
         custom: use `loss_fn` where there is one.
         """
-        batch = _padded(batch.to(self.run.device), self._multiple)
-        context = Context.build(batch.input_ids, position_ids=batch.positions, segments=batch.segments)
+        batch = _padded(batch, self._multiple, self._rows(batch)).to(self.run.device)
+        context = Context.build(
+            batch.input_ids, position_ids=batch.positions, segments=batch.segments, records=batch.bounds
+        )
         context = self._as_context(context)
+        self.ops.prepare(context)
         if self.embed is not None:
             h = self._split(self.embed(batch.input_ids, context))
         assert h is not None
@@ -121,6 +125,15 @@ class Stage(nn.Module):
         """What lengths must be a multiple of."""
         return self.tp.size if self.tp is not None and self.tp.sequence_parallel else 1
 
+    def _rows(self, batch: MicroBatch) -> int:
+        """Rows that a batch is filled up to: where blocks are compiled, a last, smaller one gets the size of
+        those before, and nothing is compiled for it.  A `loss_fn` sees what is there and no more.
+        """
+        if not self.compiled or self.embed is None or self.head is None or self.loss_fn is not None:
+            return 0
+        most = self._most_rows[self.training] = max(self._most_rows[self.training], len(batch.input_ids))
+        return most
+
     def _split(self, h: Tensor) -> Tensor:
         return self.tp.split(h) if self.tp is not None else h
 
@@ -147,9 +160,7 @@ class Stage(nn.Module):
             "model": lambda: self,
             "batch": lambda: batch,
         }
-        names = [
-            p.name for p in inspect.signature(self.loss_fn).parameters.values() if p.default is p.empty
-        ]
+        names = [p.name for p in inspect.signature(self.loss_fn).parameters.values() if p.default is p.empty]
         unknown = [name for name in names if name not in offered]
         if unknown:
             raise ConfigError(f"loss_fn takes {unknown[0]!r}, but it may take: {', '.join(offered)}")
@@ -164,16 +175,21 @@ class Stage(nn.Module):
         return loss.float()
 
 
-def _padded(batch: MicroBatch, multiple: int) -> MicroBatch:
-    """The batch with masked padding on the right up to a multiple; it changes nothing before it."""
-    short = -batch.input_ids.shape[1] % multiple
-    if not short:
+def _padded(batch: MicroBatch, multiple: int, rows: int) -> MicroBatch:
+    """The batch in host memory with masked padding: on the right up to a multiple, and rows up to a number.
+
+    It changes nothing before it.
+    """
+    height, length = batch.input_ids.shape
+    right, below = -length % multiple, max(0, rows - height)
+    if not right and not below:
         return batch
 
     def pad(tensor: Tensor | None, value: int) -> Tensor | None:
-        return None if tensor is None else F.pad(tensor, (0, short), value=value)
+        return None if tensor is None else F.pad(tensor, (0, right, 0, below), value=value)
 
     ids, labels = pad(batch.input_ids, 0), pad(batch.labels, -100)
     assert ids is not None and labels is not None
     positions, segments = pad(batch.positions, 0), pad(batch.segments, 0)
-    return MicroBatch(ids, labels, positions, segments, batch.records, batch.tokens)
+    bounds = None if segments is None else Records.of(segments)
+    return MicroBatch(ids, labels, positions, segments, batch.records, batch.tokens, bounds)

@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from collie_core.ops.context import Context
 
@@ -61,8 +60,6 @@ def cached(implementation: Attention) -> Attention:
     ) -> Tensor:
         if ctx.cache is not None:
             k, v = ctx.cache.append(k, v)
-        if scores.softcap is not None:  # no fused kernel of torch computes it
-            return reference(q, k, v, ctx, scale, scores)
         return implementation(q, k, v, ctx, scale, scores)
 
     return attention
@@ -72,7 +69,7 @@ def reference(
     q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None, scores: Scores = PLAIN
 ) -> Tensor:
     """Softmax of scaled scores, in fp32 (Vaswani et al. 2017, eq. 1): the oracle of the others."""
-    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     raw = (q.float() @ k.float().transpose(-1, -2)) * scale
     if scores.softcap is not None:
@@ -86,13 +83,15 @@ def sdpa(
     q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None, scores: Scores = PLAIN
 ) -> Tensor:
     """torch's fused attention.  No mask is made where causality alone decides (no packing, no padding)."""
+    if scores.softcap is not None:  # which no fused kernel of torch computes
+        return reference(q, k, v, ctx, scale, scores)
     queries, keys = q.shape[2], k.shape[2]
     window = scores.window if scores.window is not None and scores.window < keys else None
     grouped = q.shape[1] != k.shape[1]
-    causal = _only_causal(ctx) and window is None and (queries == 1 or queries == keys)
+    causal = only_causal(ctx) and window is None and (queries == 1 or queries == keys)
     if grouped and q.is_cuda and (not causal or q.dtype == torch.float32):
         # grouped heads are taken by FlashAttention and cuDNN alone, which take no mask and no fp32
-        k, v, grouped = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1]), False
+        k, v, grouped = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1]), False
     dropout = scores.dropout
     if causal and queries == 1:  # it sees every key
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, enable_gqa=grouped)
@@ -104,23 +103,6 @@ def sdpa(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
     )
-
-
-def sdpa_without_flash(
-    q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None, scores: Scores = PLAIN
-) -> Tensor:
-    """`sdpa` on CUDA with every kernel but FlashAttention and cuDNN."""
-    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
-    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return sdpa(q, k, v, ctx, scale, scores)
-
-
-#: Implementations by the name that `ops.attention` says.
-IMPLEMENTATIONS: dict[str, Attention] = {
-    "sdpa": sdpa,
-    "sdpa_without_flash": sdpa_without_flash,
-    "reference": reference,
-}
 
 
 def dense_mask(ctx: Context, queries: int, keys: int, window: int | None = None) -> Tensor:
@@ -156,11 +138,12 @@ def _make_dense_mask(ctx: Context, queries: int, keys: int) -> Tensor:
     return (visible | (key == query)).unsqueeze(1)
 
 
-def _only_causal(ctx: Context) -> bool:
+def only_causal(ctx: Context) -> bool:
+    """Whether a query sees every earlier position and nothing else."""
     return ctx.segments is None and ctx.attention_mask is None and ctx.prefix is None
 
 
-def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """(B, H_kv, K, D) -> (B, heads, K, D), each head `heads / H_kv` times."""
     if x.shape[1] == heads:
         return x

@@ -18,6 +18,35 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Records:
+    """Where the records of packed rows begin when all rows are laid end to end; padding counts as a record.
+
+    starts: int32 (N + 1,), ascending from 0 to B * S; numbers that repeat stand for records of no length.
+    longest: no record has more positions; known to the host, so that nothing waits for the device.
+    """
+
+    starts: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, segments: Tensor) -> Records:
+        """Of `segments` (B, S) of `Context`, in host memory.
+
+        N and `longest` are rounded up to powers of two: what is compiled for them seldom meets others.
+        """
+        begins = torch.ones_like(segments, dtype=torch.bool)
+        begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        starts = F.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=segments.numel())
+        longest = int(starts.diff().max())
+        room = _power_of_two(len(starts) - 1, 16) + 1 - len(starts)
+        return cls(F.pad(starts, (0, room), value=segments.numel()).int(), _power_of_two(longest, 128))
+
+
+def _power_of_two(number: int, least: int) -> int:
+    return max(least, 1 << (number - 1).bit_length())
+
+
 @dataclass
 class Context:
     """One forward pass over B rows of S positions, after K - S positions that a cache already holds.
@@ -30,6 +59,7 @@ class Context:
     cache: keys and values of the layer that is running, or None.
     positions_given: a user chose the positions; false where they are counted.
     key_positions: as `positions`, of all K keys where a cache holds some; else None.
+    records: what `segments` says in the form that kernels for records of different lengths take; or None.
     """
 
     input_ids: Tensor
@@ -40,6 +70,7 @@ class Context:
     cache: LayerCache | None = None
     positions_given: bool = False
     key_positions: Tensor | None = None
+    records: Records | None = None
     _shared: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -49,6 +80,7 @@ class Context:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         segments: Tensor | None = None,
+        records: Records | None = None,
     ) -> Context:
         """The context of a batch.  Positions count over the whole row, in packed rows over each record,
         unless `position_ids` says otherwise.
@@ -72,7 +104,7 @@ class Context:
             if bool(attention_mask.all()):
                 attention_mask = None
         positions = position_ids.to(input_ids.device)
-        return cls(input_ids, positions, segments, attention_mask, positions_given=given)
+        return cls(input_ids, positions, segments, attention_mask, positions_given=given, records=records)
 
     def memo(self, key: str, make: Callable[[], T]) -> T:
         """The value that `make` returns, made once a forward pass and shared by all blocks."""

@@ -78,6 +78,28 @@ def chunked(
     return total
 
 
+def liger(
+    head: nn.Module,
+    h: Tensor,
+    labels: Tensor,
+    ctx: Context,
+    loss: SummedLoss | None = None,
+    width: int | None = None,
+) -> Tensor:
+    """`chunked` with liger-kernel's cross entropy, a Triton kernel that writes gradients over the logits.
+
+    Where `loss` is given, as for a part of the vocabulary, it is that of `chunked`.
+    """
+    return chunked(head, h, labels, ctx, _liger_nll if loss is None else loss, width)
+
+
+def _liger_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    summed: Tensor = liger_cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return summed.float()
+
+
 def _summed_loss(head: nn.Module, h: Tensor, targets: Tensor, ctx: Context, loss: SummedLoss) -> Tensor:
     return loss(head(h, ctx).flatten(0, 1), targets.flatten())
 
@@ -95,9 +117,7 @@ class _Chunked(torch.autograd.Function):
     """Computes loss and gradients in the forward; the backward only scales them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, pieces: _Pieces, hidden: Tensor, targets: Tensor, *parameters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, pieces: _Pieces, hidden: Tensor, targets: Tensor, *parameters: Tensor) -> Tensor:
         needs = ctx.needs_input_grad[1:2] + ctx.needs_input_grad[3:]
         inputs = [tensor for tensor, need in zip((hidden, *parameters), needs, strict=True) if need]
         ctx.needs, ctx.dtypes = needs, [tensor.dtype for tensor in inputs]

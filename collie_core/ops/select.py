@@ -10,17 +10,24 @@ from typing import Literal
 import torch
 
 from collie_core.errors import ConfigError, nearest
-from collie_core.ops.attention import IMPLEMENTATIONS, Attention, cached
-from collie_core.ops.cross_entropy import LinearCrossEntropy, SummedLoss, chunked, plain
+from collie_core.ops.attention import Attention, cached
+from collie_core.ops.attention_packages import installed
+from collie_core.ops.cross_entropy import LinearCrossEntropy, SummedLoss, chunked, liger, plain
+from collie_core.ops.implementations import ATTENTION, Prepare, fastest
 
 
 @dataclass(frozen=True)
 class Ops:
-    """The chosen implementations; a provider's `build` hands them to its blocks."""
+    """The chosen implementations; a provider's `build` hands them to its blocks.
+
+    prepare: makes what all blocks share of a batch's context; made within a compiled block, it would make the
+    graphs of blocks differ.
+    """
 
     attention: Attention
     linear_cross_entropy: LinearCrossEntropy
     names: Mapping[str, str]
+    prepare: Prepare
 
     def describe(self) -> dict[str, str]:
         """Operation -> implementation, for run.json."""
@@ -36,49 +43,71 @@ def select_ops(
     cross_entropy: str = "auto",
     use_flash: bool | Literal["auto"] = "auto",
     device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    deterministic: bool = False,
 ) -> Ops:
-    """The implementations by name; `auto` takes the fastest that the device has.
+    """The implementations by name; `auto` takes the fastest that the device has, and is never an error.
 
-    use_flash: true demands FlashAttention, false forbids it.
-    Raises ConfigError for an unknown name, or for what the device cannot do.
+    use_flash: true demands FlashAttention, false forbids it.  dtype: of the weights; None: of 16 bits.
+    deterministic: torch is told to be.
+    Raises ConfigError for an unknown name, or for what the device or the installation cannot do.
     """
+    check_names(attention, cross_entropy)
     device = torch.device(device)
-    attention_name = _choose_attention(attention, use_flash, device)
-    loss_name = _known("ops.cross_entropy", cross_entropy, _LOSSES)
-    if loss_name == "auto":
-        loss_name = "chunked"
+    name = _choose_attention(attention, use_flash, device, dtype, deterministic)
+    loss_name = "chunked" if cross_entropy == "auto" else cross_entropy
+    if loss_name == "liger" and device.type != "cuda":
+        raise ConfigError(f"ops.cross_entropy: liger needs a CUDA device, and this run is on {device}")
+    chosen = ATTENTION[name]
+    try:
+        implementation = chosen.build()
+    except (ImportError, OSError) as error:  # a package that was built for another torch
+        raise ConfigError(f"ops.attention: {name} cannot be imported: {error}") from error
     return Ops(
-        attention=cached(IMPLEMENTATIONS[attention_name]),
+        attention=cached(implementation),
         linear_cross_entropy=_LOSSES[loss_name],
-        names={"attention": attention_name, "cross_entropy": loss_name},
+        names={"attention": name, "packed_attention": chosen.packed, "cross_entropy": loss_name},
+        prepare=chosen.prepare,
     )
 
 
-_LOSSES: dict[str, LinearCrossEntropy] = {"chunked": chunked, "plain": plain}
+def check_names(attention: str, cross_entropy: str) -> None:
+    """Raise ConfigError for a name that is unknown, or one of a package that is not installed."""
+    _known("ops.attention", attention, ATTENTION)
+    _known("ops.cross_entropy", cross_entropy, _LOSSES)
+    if attention != "auto" and ATTENTION[attention].missing():
+        raise ConfigError(f"ops.attention: {attention} {ATTENTION[attention].missing()}")
+    if cross_entropy == "liger" and not installed("liger-kernel"):
+        raise ConfigError("ops.cross_entropy: liger needs the package liger-kernel, which is not installed")
 
 
-def _choose_attention(name: str, use_flash: bool | Literal["auto"], device: torch.device) -> str:
-    name = _known("ops.attention", name, IMPLEMENTATIONS)
+_LOSSES: dict[str, LinearCrossEntropy] = {"chunked": chunked, "plain": plain, "liger": liger}
+
+
+def _choose_attention(
+    name: str,
+    use_flash: bool | Literal["auto"],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    deterministic: bool,
+) -> str:
     if use_flash is True:
-        problem = _no_flash(device)
+        problem = ATTENTION["flash"].problem(device, dtype, deterministic)
         if problem:
-            raise ConfigError(f"use_flash: true, but {problem}; use auto or false")
-        if name not in ("auto", "sdpa"):
+            raise ConfigError(f"use_flash: true, but FlashAttention {problem}; use auto or false")
+        if name != "auto" and not ATTENTION[name].flash:
             raise ConfigError(f"use_flash: true, but ops.attention: {name} does not use FlashAttention")
-    if name not in ("auto", "sdpa"):
-        return name
-    return "sdpa_without_flash" if use_flash is False and device.type == "cuda" else "sdpa"
+    if name == "auto" or (name == "sdpa" and use_flash is False):
+        return fastest(device, dtype, use_flash is not False, deterministic)
+    if use_flash is False and ATTENTION[name].half:
+        raise ConfigError(f"use_flash: false, but ops.attention: {name} uses FlashAttention")
+    problem = ATTENTION[name].problem(device, dtype, deterministic)
+    if problem:
+        raise ConfigError(f"ops.attention: {name} {problem}")
+    return name
 
 
-def _no_flash(device: torch.device) -> str:
-    if device.type != "cuda":
-        return f"FlashAttention needs a CUDA device, and this run is on {device}"
-    major, minor = torch.cuda.get_device_capability(device)
-    return "" if major >= 8 else f"FlashAttention needs compute capability 8.0, {device} has {major}.{minor}"
-
-
-def _known(key: str, name: str, known: Mapping[str, object]) -> str:
+def _known(key: str, name: str, known: Mapping[str, object]) -> None:
     if name != "auto" and name not in known:
         names = ", ".join(["auto", *known])
         raise ConfigError(f"{key}: unknown implementation {name!r}{nearest(name, known)} (known: {names})")
-    return name

@@ -59,10 +59,10 @@ def select_plugins(config: CollieConfig, plugins: RunPlugins) -> None:
             plugins.add(kind, section.name, section.options)
         except ConfigProblems as found:
             raise config.problems(found.below(path)) from None
-    from collie_core.ops import select_ops
+    from collie_core.ops.select import check_names
     from collie_core.train.evaluation import EVALUATORS
 
-    select_ops(config.ops.attention, config.ops.cross_entropy)  # knows their names
+    check_names(config.ops.attention, config.ops.cross_entropy)
     for index, evaluator in enumerate(config.evaluate.evaluators):
         if evaluator.name not in EVALUATORS:
             message = f"unknown evaluator {evaluator.name!r}{nearest(evaluator.name, EVALUATORS)}"

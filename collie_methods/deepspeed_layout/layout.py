@@ -72,6 +72,8 @@ class DeepSpeedLayout:
             cross_entropy="plain" if self.partitioned else config.ops.cross_entropy,
             use_flash=config.use_flash,
             device=run.device,
+            dtype=getattr(torch, config.model.dtype),
+            deterministic=config.train.deterministic,
         )
         run.resolved["ops"] = ops.describe()
         run.resolved["compile"] = False

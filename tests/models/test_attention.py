@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,13 +13,16 @@ from torch import Tensor
 from collie_core.errors import ConfigError
 from collie_core.models.causal_lm import CausalLM, run_blocks
 from collie_core.ops import Context, KVCache, select_ops
-from collie_core.ops.attention import IMPLEMENTATIONS
+from collie_core.ops.attention import Scores
+from collie_core.ops.context import Records
+from collie_core.ops.implementations import ATTENTION
 from collie_models.decoder.config import DecoderConfig
 from collie_models.decoder.model import Decoder
 from collie_models.decoder.rope_scaling import Dynamic, LongRope
 from collie_models.decoder.rotary import Rotary
 
-NAMES = sorted(IMPLEMENTATIONS)
+CPU = torch.device("cpu")
+NAMES = sorted(name for name, how in ATTENTION.items() if not how.problem(CPU, torch.float32, False))
 
 
 def make(name: str, heads: int = 4, kv_heads: int = 2, rotary: Rotary | None = None) -> CausalLM:
@@ -174,18 +181,116 @@ def test_a_mask_of_ones_is_no_mask() -> None:
     assert Context.build(ids(2, 4), attention_mask=torch.ones(2, 4)).attention_mask is None
 
 
+def segments() -> Tensor:
+    """Records in two rows; the first row ends in padding."""
+    return torch.tensor([[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 2, 2]])
+
+
+def test_records_are_where_segments_change() -> None:
+    records = Records.of(segments())
+    assert records.starts.tolist() == [0, 3, 5, 6, 8, 14] + [16] * 11  # padding and each row begin one
+    assert records.starts.dtype == torch.int32 and records.longest == 128
+    many = Records.of(torch.arange(400).repeat(2, 1))
+    assert len(many.starts) == 1025 and many.starts[800:].eq(800).all()
+    assert Records.of(torch.ones(1, 300, dtype=torch.int64)).longest == 512
+
+
+@pytest.mark.parametrize("scores", [Scores(), Scores(window=3), Scores(softcap=2.0)], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_flex_sees_what_the_reference_sees(scores: Scores, packed: bool) -> None:
+    from collie_core.ops.attention_flex import flex
+
+    q, k, v = (torch.randn(2, heads, 8, 16) for heads in (4, 2, 2))
+    ctx = Context.build(ids(2, 8), segments=segments() if packed else None)
+    expected = select_ops("reference").attention(q, k, v, ctx, None, scores)
+    torch.testing.assert_close(flex(q, k, v, ctx, None, scores), expected)
+
+
+class FlashAttn:
+    """Stands for the package: the same functions and arguments, computed by the reference."""
+
+    def flash_attn_func(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float,
+        causal: bool,
+        window_size: tuple[int, int],
+        softcap: float,
+        deterministic: bool,
+    ) -> Tensor:
+        assert causal and window_size[1] == 0 and not deterministic
+        scores = Scores(None if window_size[0] == -1 else window_size[0] + 1, softcap or None)
+        attend = select_ops("reference").attention
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return attend(q, k, v, Context.build(ids(len(q), q.shape[2])), softmax_scale, scores).transpose(1, 2)
+
+    def flash_attn_varlen_func(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        **how: Any,
+    ) -> tuple[Tensor, None]:
+        bounds = cu_seqlens_q.tolist()
+        assert bounds == cu_seqlens_k.tolist() and max_seqlen_q == max_seqlen_k
+        assert max_seqlen_q >= int(cu_seqlens_q.diff().max())
+        parts = [
+            self.flash_attn_func(*(x[None, begin:end] for x in (q, k, v)), **how)[0]
+            for begin, end in pairwise(bounds)
+            if begin < end
+        ]
+        return torch.cat(parts), None
+
+
+@pytest.mark.parametrize("scores", [Scores(), Scores(window=3), Scores(softcap=2.0)], ids=str)
+def test_the_package_flash_attn_is_asked_for_the_same(scores: Scores) -> None:
+    from collie_core.ops.attention_packages import of_module
+
+    kernel = of_module(FlashAttn())
+    q, k, v = (torch.randn(2, heads, 8, 16) for heads in (4, 2, 2))
+    for packed in (None, segments()):
+        ctx = Context.build(ids(2, 8), segments=packed)
+        expected = select_ops("reference").attention(q, k, v, ctx, 0.3, scores)
+        records = None if packed is None else Records.of(packed)
+        given = [x.transpose(1, 2) for x in (q, k, v)]
+        found = kernel(*given, records, 0.3, scores.window, scores.softcap).transpose(1, 2)
+        torch.testing.assert_close(found, expected)
+
+
 def test_choice_of_implementations() -> None:
-    assert select_ops().describe() == {"attention": "sdpa", "cross_entropy": "chunked"}
+    names = {"attention": "sdpa", "packed_attention": "mask", "cross_entropy": "chunked"}
+    assert select_ops().describe() == names
     assert select_ops(use_flash=False).describe()["attention"] == "sdpa"
     assert select_ops(attention="reference", cross_entropy="plain").describe() == {
         "attention": "reference",
+        "packed_attention": "mask",
         "cross_entropy": "plain",
     }
-    with pytest.raises(
-        ConfigError, match="ops.attention: unknown implementation 'sdap', did you mean 'sdpa'"
-    ):
-        select_ops(attention="sdap")
-    with pytest.raises(ConfigError, match="ops.cross_entropy: unknown implementation 'x'"):
-        select_ops(cross_entropy="x")
-    with pytest.raises(ConfigError, match="use_flash: true, but FlashAttention needs a CUDA device"):
-        select_ops(use_flash=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"attention": "sdap"}, "ops.attention: unknown implementation 'sdap', did you mean 'sdpa'"),
+        ({"cross_entropy": "x"}, "ops.cross_entropy: unknown implementation 'x'"),
+        ({"attention": "cudnn"}, "ops.attention: cudnn needs a CUDA device, and this run is on cpu"),
+        ({"attention": "flash_attn_4"}, "flash_attn_4 needs the package flash-attn-4, which is not"),
+        ({"attention": "flash_attn"}, "needs the package flash-attn or flash-attn-3, which is not installed"),
+        ({"cross_entropy": "liger"}, "liger needs the package liger-kernel, which is not installed"),
+        ({"use_flash": True}, "use_flash: true, but FlashAttention needs a CUDA device"),
+        ({"use_flash": False, "attention": "cudnn"}, "use_flash: false, but ops.attention: cudnn uses"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_used_is_refused(
+    asked: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata.Distribution, "discover", lambda **_: iter(()))  # nothing is installed
+    with pytest.raises(ConfigError, match=message):
+        select_ops(**asked)

@@ -1,0 +1,148 @@
+"""Block inputs in host memory between forward and backward, copied while other blocks compute."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from collie_core.ops import Context
+
+
+class Offloaded:
+    """Recomputes every block in the backward pass, from its input in page-locked host memory.
+
+    A side stream copies a block's input out while the block computes, and that of the block before back in
+    while the block is recomputed and differentiated.  The last block's input stays: it is needed at once.
+    The buffers in host memory are used again, step after step.
+    """
+
+    def __init__(self, blocks: list[nn.Module], device: torch.device) -> None:
+        self.blocks = blocks
+        self._host = _HostBuffers(torch.cuda.Stream(device))
+
+    @property
+    def host_bytes(self) -> int:
+        """Page-locked memory that is held, while no graph is alive."""
+        return self._host.size
+
+    def __call__(self, h: Tensor, context: Context) -> Tensor:
+        """h (B, S, E) -> (B, S, E)."""
+        before: _Input | None = None
+        for index, block in enumerate(self.blocks):
+            kept = _Input(self._host, h, before, stays=index == len(self.blocks) - 1)
+            with saved_tensors_hooks(kept.pack, kept.unpack):
+                h = checkpoint(block, h, context, use_reentrant=False)
+            before = kept
+        return h
+
+
+class _HostBuffers:
+    """Page-locked buffers of bytes that are free, and the stream on which all copies are in order.
+
+    A buffer may be taken again while its last copy is under way: the next one waits for it on the stream.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+        self._free: list[Tensor] = []
+
+    @property
+    def size(self) -> int:
+        """Bytes that are free."""
+        return sum(buffer.numel() for buffer in self._free)
+
+    def take(self, size: int) -> Tensor:
+        """One of at least `size` bytes: the smallest free one, else a new one in place of the largest."""
+        self._free.sort(key=Tensor.numel)
+        for index, buffer in enumerate(self._free):
+            if buffer.numel() >= size:
+                return self._free.pop(index)
+        if self._free:
+            self._free.pop()
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """It is free, but for copies that are under way."""
+        self._free.append(buffer)
+
+
+class _Input:
+    """A block's input between its forward and backward pass.
+
+    It lives as long as the graph that needs it; its buffer is then given back, whether it was used or not.
+    """
+
+    def __init__(self, host: _HostBuffers, h: Tensor, before: _Input | None, stays: bool) -> None:
+        self._host, self._before, self._stays = host, before, stays
+        self._place = h.data_ptr()
+        self._there: Tensor | None = None  # on the device
+        self._buffer: Tensor | None = None
+        self._copied = torch.cuda.Event()  # the last copy is done
+        self._shape, self._dtype = h.shape, h.dtype
+
+    def pack(self, tensor: Tensor) -> Tensor | None:
+        """What autograd keeps of a saved tensor: nothing of the block's input."""
+        if tensor.data_ptr() != self._place or not tensor.numel():
+            return tensor
+        if self._before is not None:
+            self._before.let_go()
+        self._there = tensor
+        if not self._stays:
+            self._copy_out(tensor)
+        return None
+
+    def unpack(self, kept: Tensor | None) -> Tensor:
+        """The tensor; the input of the block before is then on its way."""
+        if kept is not None:
+            return kept
+        self.fetch()
+        assert self._there is not None
+        if not self._stays:
+            torch.cuda.current_stream().wait_event(self._copied)
+        if self._before is not None:
+            self._before.fetch()
+        there = self._there
+        if not self._stays:
+            self._there = None  # whoever asked for it holds it
+        return there
+
+    def let_go(self) -> None:
+        """Free the device's copy: what computes next waits until it is in host memory."""
+        if not self._stays and self._there is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+            self._there = None
+
+    def fetch(self) -> None:
+        """Begin to copy it to the device, where it is not."""
+        if self._there is not None:
+            return
+        assert self._buffer is not None
+        stream = self._host.stream
+        there = torch.empty(self._shape, dtype=self._dtype, device=stream.device)
+        stream.wait_stream(torch.cuda.current_stream())  # until then its memory may be another's
+        with torch.cuda.stream(stream):
+            there.copy_(self._view(self._buffer), non_blocking=True)
+            self._copied.record()
+        there.record_stream(stream)  # a graph that is dropped now frees it before it is written
+        self._there = there
+
+    def _copy_out(self, tensor: Tensor) -> None:
+        self._buffer = self._host.take(tensor.numel() * tensor.element_size())
+        stream = self._host.stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._view(self._buffer).copy_(tensor, non_blocking=True)
+            self._copied.record()
+
+    def _view(self, buffer: Tensor) -> Tensor:
+        size = self._shape.numel() * self._dtype.itemsize
+        return buffer[:size].view(self._dtype).view(self._shape)
+
+    def __del__(self) -> None:
+        if self._buffer is not None:
+            self._host.give_back(self._buffer)
