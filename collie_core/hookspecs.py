@@ -198,8 +198,9 @@ class Adapter(Protocol):
 
     The plugin's entry point is the `peft_type`, in lower case, of the folders that it reads, by an option
     `path`; an option `adapter_name` tells several apart.  A plugin may state `default_lr_factor`: its
-    learning rate, where the config has none, over the optimizer's own, and `virtual_tokens`, a number of
-    tokens (ids -1, -2, ...) before every record; `adapt` then gives the module an attribute of this name.
+    learning rate, where the config has none, over the optimizer's own (of several adapters the least that is
+    stated holds), and `virtual_tokens`, a number of tokens (ids -1, -2, ...) before every record; `adapt`
+    then gives the module an attribute of this name.
     Optional methods: `lr_scale(name)`, a factor of the learning rate of a new parameter;
     `parallel_plan(plan)`, the model's plan with what the adapter changes.  Linears are changed by
     `add_delta` and embeddings by `adapt_embedding`, so that every layout can cut them; `pack_linear` stores
