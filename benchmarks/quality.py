@@ -14,6 +14,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import platform
 import shutil
 import sys
@@ -110,9 +111,10 @@ class Result:
 
 
 class Watch:
-    """The rate of a run, and the peak of its memory in the steps: neither in loading nor in saving."""
+    """A run's rate, its last loss, and its peak of memory in the steps: neither in loading nor in saving."""
 
     lr = 0.0
+    loss = math.nan
     peak_bytes: int | None = None
 
     @hookimpl
@@ -122,7 +124,7 @@ class Watch:
 
     @hookimpl
     def collie_step_end(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
-        self.lr = max(self.lr, metrics["lr"])
+        self.lr, self.loss = max(self.lr, metrics["lr"]), metrics["loss"]
         if run.device.type == "cuda":
             self.peak_bytes = torch.cuda.max_memory_allocated()
 
@@ -135,8 +137,8 @@ class Bench:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.questions = held_out(size, seed + 2)
 
-    def prepare(self) -> None:
-        """Write the data and pre-train, with AdamW."""
+    def prepare(self) -> float:
+        """Write the data and pre-train, with AdamW; returns the last loss, NaN where all was done before."""
         size, initial = self.size, self.folder / "initial"
         write_model(initial, size, self.seed)
         tokenizer = AutoTokenizer.from_pretrained(initial)
@@ -156,7 +158,9 @@ class Bench:
             data={"train": str(self.folder / "documents"), "max_length": size.length},
         )
         config.train.micro_batch_size, config.train.epochs = size.pretraining_batch, EPOCHS
-        Trainer(config).train()
+        watch = Watch()
+        Trainer(config, callbacks=[watch]).train()
+        return watch.loss
 
     def tune(self, name: str, factor: float) -> Result:
         """One training from the pre-trained model, and what came of it."""
@@ -317,9 +321,10 @@ def main(given: Sequence[str] | None = None) -> int:
             "size": args.size,
             "dtype": args.dtype,
         }
-        bench.prepare()
+        loss = bench.prepare()
         found["before"], _ = bench.answers(bench.folder / "pretrained")
-        say(f"pre-trained: answers {found['before']:.1%} of {len(bench.questions)} held-out questions")
+        before = f"answers {found['before']:.1%} of {len(bench.questions)} held-out questions"
+        say(f"pre-trained to a loss of {loss:.4f}: {before}")
         results: list[Result] = []
         for factor, name in itertools.product(args.factors, args.methods):
             if args.time_limit and time.monotonic() - started > args.time_limit:

@@ -28,7 +28,7 @@ CHAT = (
     "{% endfor %}"
 )
 HELD_OUT = 8  # one question in so many
-EPOCHS = 4  # of pre-training; tuning sees each record once
+EPOCHS = 8  # of pre-training; tuning sees each record once
 
 
 @dataclass(frozen=True)

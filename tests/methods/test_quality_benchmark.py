@@ -1,4 +1,4 @@
-"""benchmarks/quality.py: its data, its verdicts, what its command prints, and the table in docs/methods.md."""
+"""benchmarks/quality.py: data, verdicts, what the command prints; and its table in docs/methods.md."""
 
 from __future__ import annotations
 
