@@ -133,11 +133,12 @@ class Optimizer(Protocol):
         `torch.where`, never ask the host."""
 
     def step(self, lr: float) -> None:
-        """(not in_backward) Update every parameter from its `.grad`, already unscaled and clipped.
+        """(not in_backward) Update every parameter from its `.grad`, already unscaled and clipped; not called
+        where loss or gradients are not finite.
 
         An optional method `update_all(gradients, finite)` is called instead, after `begin_pass`, with each
         (name, parameter, gradient) as the backward pass left it, which the optimizer frees when it is used;
-        all as in `update`.  So no gradient is copied to be scaled, and the host need not wait."""
+        all as in `update`.  So gradients need not be copied to be scaled."""
 
     def state_dict(self) -> Mapping[str, Any]:
         """State tensors (or pieces) under flat names `<parameter name>.<state>`; live tensors, not copies.
@@ -204,8 +205,9 @@ class Adapter(Protocol):
 
     The plugin's entry point is the `peft_type`, in lower case, of the folders that it reads, by an option
     `path`; an option `adapter_name` tells several apart.  A plugin may state `default_lr_factor`: its
-    learning rate, where the config has none, over the optimizer's own, and `virtual_tokens`, a number of
-    tokens (ids -1, -2, ...) before every record; `adapt` then gives the module an attribute of this name.
+    learning rate, where the config has none, over the optimizer's own (of several adapters the least that is
+    stated holds), and `virtual_tokens`, a number of tokens (ids -1, -2, ...) before every record; `adapt`
+    then gives the module an attribute of this name.
     Optional methods: `lr_scale(name)`, a factor of the learning rate of a new parameter;
     `parallel_plan(plan)`, the model's plan with what the adapter changes.  Linears are changed by
     `add_delta` and embeddings by `adapt_embedding`, so that every layout can cut them; `pack_linear` stores

@@ -126,9 +126,6 @@ class ShadowedOptimizer(FusedOptimizer):
     @torch.no_grad()
     def update_all(self, gradients: Iterable[tuple[str, nn.Parameter, Tensor]], finite: Tensor) -> None:
         """Every parameter's step; see `collie_core.hookspecs.Optimizer`."""
-        # only kernels that are told `found_inf` leave parameters alone by themselves
-        if not self.options.get("fused") and not bool(finite):
-            return
         together = False
         for name, parameter, gradient in gradients:
             if name in self._part_of:
@@ -142,8 +139,6 @@ class ShadowedOptimizer(FusedOptimizer):
             [part] = [part for part in self.parts if part.alone is None]
             for group in part.optimizer.param_groups:
                 group["lr"] = self.lr * group["lr_scale"]
-            if self.options.get("fused"):
-                part.optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
             part.optimizer.step()
 
     @torch.no_grad()

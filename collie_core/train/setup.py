@@ -255,15 +255,15 @@ def _prepare(session: Session, checkpoint: Checkpoint | None) -> None:
 
 
 def _base_lr(run: Run, plugins: RunPlugins) -> float:
-    """The config's learning rate, or the optimizer's own, times the factor of the adapters (the least)."""
+    """The config's learning rate, or the optimizer's own, times the least factor that an adapter states."""
     if run.config.optimizer.lr is not None:
         return run.config.optimizer.lr
     default: float | None = getattr(plugins.of_kind("optimizer")[0].instance, "default_lr", None)
     if default is None:
         message = f"is required: optimizer {run.config.optimizer.name!r} has no default learning rate"
         raise run.config.problems(ConfigProblems([(("optimizer", "lr"), message)]))
-    adapters = [plugin.instance for plugin in plugins.of_kind("adapter")]
-    return default * min((getattr(adapter, "default_lr_factor", 1.0) for adapter in adapters), default=1.0)
+    stated = (getattr(plugin.instance, "default_lr_factor", None) for plugin in plugins.of_kind("adapter"))
+    return default * min((factor for factor in stated if factor is not None), default=1.0)
 
 
 def _virtual_tokens(adapters: list[SelectedPlugin]) -> int:

@@ -18,7 +18,7 @@ from adapter_runs import IDS, adapter_of, lora_config, own_logits
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from training_helpers import config, losses
+from training_helpers import config, losses, metrics
 
 from collie_core import AutoModelForCausalLM, Trainer
 from collie_core.checkpoint.store import read_metadata
@@ -190,6 +190,14 @@ def test_bfloat16_and_a_model_given_as_an_object(tiny_llama: Path, data_file: Pa
     for out, model in ((tmp_path / "given", given), (tmp_path / "read", None)):
         Trainer(lora_config(tiny_llama, data_file, out, base("nf4"), LORA), model=model).train()
     assert losses(tmp_path / "given") == losses(tmp_path / "read")
+
+
+def test_the_default_rate_is_that_of_the_adapter_on_top(
+    tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"optimizer": {"name": "adamw"}, "train": {"max_steps": 1}}
+    Trainer(lora_config(tiny_llama, data_file, tmp_path / "out", base("nf4"), LORA, **changes)).train()
+    assert metrics(tmp_path / "out")[0]["lr"] == pytest.approx(2e-4)
 
 
 PEAK = """
