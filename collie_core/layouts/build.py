@@ -54,7 +54,7 @@ class Placed:
 
 
 def build(run: Run, provider: ModelProvider, adapters: Sequence[Adapter], ops: Ops) -> nn.Module:
-    """The complete module with adapters in place (`run.added`) and `requires_grad` set.
+    """The complete module with adapters in place (`run.added`) and `requires_grad` set, as plugins changed it.
 
     It is on meta, unless the user gave a model with weights.
     Raises ConfigError where a pattern of trainable parameters matches nothing.
@@ -67,6 +67,8 @@ def build(run: Run, provider: ModelProvider, adapters: Sequence[Adapter], ops: O
             model = provider.build(run.source.config, ops)
     run.added = adapt(model, adapters)
     set_trainable(model, run)
+    if run.model_built is not None:
+        run.model_built(model)
     return model
 
 
