@@ -54,9 +54,9 @@ class Placed:
 
 
 def build(run: Run, provider: ModelProvider, adapters: Sequence[Adapter], ops: Ops) -> nn.Module:
-    """The complete module with adapters in place (`run.added`) and `requires_grad` set, as plugins changed it.
+    """The complete module with adapters in place (`run.added`) and `requires_grad` set.
 
-    It is on meta, unless the user gave a model with weights.
+    Plugins have changed how it computes.  It is on meta, unless the user gave a model with weights.
     Raises ConfigError where a pattern of trainable parameters matches nothing.
     """
     assert run.source is not None

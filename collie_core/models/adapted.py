@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from collie_core.errors import ConfigError, PluginError, nearest
 from collie_core.models.packed import Packing, packed_product
 
-
 #: x (..., inputs), weight (outputs, inputs) -> (..., outputs)
 Multiply = Callable[[Tensor, Tensor], Tensor]
 

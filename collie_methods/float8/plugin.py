@@ -36,7 +36,7 @@ class Float8Options:
 
 
 class Float8Plugin:
-    """The linears of the blocks multiply in float8 while training (Micikevicius et al. 2022, arXiv 2209.05433)."""
+    """Linears that multiply in float8 while training (Micikevicius et al. 2022, arXiv 2209.05433)."""
 
     collie_api = 1
     Options = Float8Options
@@ -83,9 +83,8 @@ class Float8Plugin:
         """What is computed in float8."""
         left = f", but {', '.join(self.options.skip_modules)}" if self.options.skip_modules else ""
         how = ", emulated in fp32" if self.options.emulate else ""
-        return {
-            "linears of the blocks": f"float8 products while training, {_SCALES[self.options.recipe]}{how}{left}"
-        }
+        text = f"float8 products while training, {_SCALES[self.options.recipe]}{how}{left}"
+        return {"linears of the blocks": text}
 
     @hookimpl
     def collie_model_built(self, run: Run, model: nn.Module, training: bool) -> None:

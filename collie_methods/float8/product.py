@@ -19,10 +19,10 @@ _MULTIPLE = 16  # of the rows, over which the weight's gradient sums
 class Float8Product:
     """x (..., inputs) and a weight (outputs, inputs) -> x weightᵀ (..., outputs), in the dtype of x.
 
-    With s = max(float8) / max|t|, of a tensor (tensorwise) or of each row that a product sums over (rowwise; s
-    rounded down to a power of two), a factor t becomes float8(s t) / s.  float8 is e4m3, of the output's
-    gradient e5m2 where tensorwise.  Three products: x weightᵀ, gradient weight, gradientᵀ x.  Scales are taken
-    anew each time, so nothing is kept between steps.
+    With s = max(float8) / max|t|, of a tensor (tensorwise) or of each row that a product sums over (rowwise;
+    s rounded down to a power of two), a factor t becomes float8(s t) / s.  float8 is e4m3, of the output's
+    gradient e5m2 where tensorwise.  Three products: x weightᵀ, gradient weight, gradientᵀ x.  Scales are
+    taken anew each time, so nothing is kept between steps.
     """
 
     def __init__(self, recipe: str, emulate: bool) -> None:

@@ -72,7 +72,7 @@ def test_a_compiled_block_is_one_graph_and_gives_the_same(recipe: str) -> None:
     linear = AdaptedLinear(32, 32)
     linear.weight = torch.nn.Parameter(torch.randn(32, 32) * 0.1)
     linear.multiply = Float8Product(recipe, emulate=True)
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     for run in (linear, torch.compile(linear, fullgraph=True, backend="aot_eager")):
         linear.weight.grad = None
         x = torch.linspace(-1.0, 1.0, 20 * 32).view(20, 32).requires_grad_()
@@ -218,7 +218,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tiny_llama: Path, data_file: Pat
         ({"plugins": [float8(recipe="blockwise")]}, ["recipe", "blockwise"]),
         ({"plugins": [float8()], "layout": "deepspeed"}, ["layout deepspeed", "zero_stage: 3"]),
         (
-            {"plugins": [float8()], "adapters": [{"name": "nf4", "block_size": 32}, {"name": "lora", "r": 4}]},
+            {"plugins": [float8()], "adapters": [{"name": "nf4", "block_size": 32}, {"name": "lora"}]},
             ["adapter nf4", "keep one"],
         ),
     ],
