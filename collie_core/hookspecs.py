@@ -131,7 +131,11 @@ class Optimizer(Protocol):
         `torch.where`, never ask the host."""
 
     def step(self, lr: float) -> None:
-        """(not in_backward) Update every parameter from its `.grad`, already unscaled and clipped."""
+        """(not in_backward) Update every parameter from its `.grad`, already unscaled and clipped.
+
+        An optional method `update_all(gradients, finite)` is called instead, after `begin_pass`, with each
+        (name, parameter, gradient) as the backward pass left it, which the optimizer frees when it is used;
+        all as in `update`.  So no gradient is copied to be scaled, and the host need not wait."""
 
     def state_dict(self) -> Mapping[str, Any]:
         """State tensors (or pieces) under flat names `<parameter name>.<state>`; live tensors, not copies.

@@ -97,13 +97,11 @@ class GradientFlow:
         total = torch.stack(self._squares).sum() if self._squares else self._zero()
         return (self._world.sum(total) if self._world is not None else total).sqrt()
 
-    def kept(self) -> list[tuple[str, nn.Parameter, Tensor]]:
+    def kept(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         """(name, this rank's part, its gradient) of what "keep" kept, in `.grad` of the part."""
-        return [
-            (name, shard.local, shard.local.grad)
-            for name, shard in self.shards.items()
-            if shard.local.grad is not None
-        ]
+        for name, shard in self.shards.items():
+            if shard.local.grad is not None:
+                yield name, shard.local, shard.local.grad
 
     def drop(self) -> None:
         """Free every gradient."""

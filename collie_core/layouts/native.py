@@ -317,6 +317,11 @@ class NativeLayout:
     def _step(self, lr: float, norm: Tensor, finite: Tensor) -> None:
         """Unscale, clip and update for an optimizer that runs after the backward pass."""
         assert self.optimizer is not None
+        update_all = getattr(self.optimizer, "update_all", None)
+        if update_all is not None:
+            self.optimizer.begin_pass("update", lr, self.loss_scale.value, self._clip_factor(norm))
+            update_all(self.gradients.kept(), finite)
+            return
         if not bool(finite):
             return
         limit = self.run.config.optimizer.clip_grad_value

@@ -7,7 +7,7 @@ GPipe (Huang et al. 2019, arXiv 1811.06965), 1F1B (Narayanan et al. 2019, arXiv 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -118,8 +118,9 @@ class Pipeline:
         total = torch.zeros((), dtype=torch.float32, device=self.grid.device)
         alive: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         left = {stretch: len(batches) for stretch in range(len(self.stages))}
-        for action, received in self._with_received(order, batches):
+        for action in order:
             stage, batch = self.stages[action.stretch], batches[action.micro]
+            received = self._received(action, batch)
             if action.forward:
                 h = received
                 if h is not None and stage.trains_before:
@@ -150,8 +151,8 @@ class Pipeline:
         total = torch.zeros((), dtype=torch.float32, device=self.grid.device)
         order = [Action(True, stretch, 0) for stretch in range(len(self.stages))]
         self._most_sent = most_alive(order)
-        for action, received in self._with_received(order, [batch]):
-            out = self.stages[action.stretch](batch, received, custom=False)
+        for action in order:
+            out = self.stages[action.stretch](batch, self._received(action, batch), custom=False)
             if self.stages[action.stretch].head is None:
                 self._send(True, out)
             else:
@@ -161,48 +162,33 @@ class Pipeline:
 
     def receive(self, shape: tuple[int, ...]) -> Tensor:
         """The hidden output of the stage before."""
-        tensor, work = self._expect(True, shape)
-        work.wait()
-        return tensor
+        return self._receive(True, shape)
 
     def send(self, h: Tensor) -> None:
         """The hidden output to the next stage."""
         self._send(True, h)
         self._settle()
 
-    def _with_received(
-        self, order: Sequence[Action], batches: Sequence[MicroBatch]
-    ) -> Iterator[tuple[Action, Tensor | None]]:
-        """Each action with what it needs from a neighbour, asked for one action ahead."""
-        asked = None
-        for index, action in enumerate(order):
-            asked = self._ask(action, batches) if index == 0 else asked
-            current = asked
-            asked = self._ask(order[index + 1], batches) if index + 1 < len(order) else None
-            if current is None:
-                yield action, None
-                continue
-            tensor, work = current
-            work.wait()
-            yield action, tensor
+    def _received(self, action: Action, batch: MicroBatch) -> Tensor | None:
+        """What an action needs: hidden states where no embedding is; gradients where no head is, and
+        something is trained.
 
-    def _ask(self, action: Action, batches: Sequence[MicroBatch]) -> tuple[Tensor, dist.Work] | None:
-        """Expect what an action needs: hidden states where no embedding is; gradients where no head is, and
-        something is trained."""
-        stage, batch = self.stages[action.stretch], batches[action.micro]
+        It is asked for when it is needed, never ahead: what waits for the whole device (the loading of a
+        kernel, say) waits for an open receive too, and ranks would wait for each other in a circle.
+        """
+        stage = self.stages[action.stretch]
         if (stage.embed if action.forward else stage.head) is not None:
             return None
         if not action.forward and not stage.trains:
             return None
-        return self._expect(action.forward, (batch.input_ids.shape[0], stage.length(batch), self.width))
+        return self._receive(action.forward, (batch.input_ids.shape[0], stage.length(batch), self.width))
 
-    def _expect(self, forward: bool, shape: tuple[int, ...]) -> tuple[Tensor, dist.Work]:
+    def _receive(self, forward: bool, shape: tuple[int, ...]) -> Tensor:
         grid = self.grid
         sender = (grid.pp.rank + (-1 if forward else 1)) % grid.pp.size
         tensor = torch.empty(shape, dtype=self.dtype, device=grid.device)
-        work = dist.irecv(tensor, grid.stage_rank(sender), group=self._ways[forward, sender])
-        assert work is not None
-        return tensor, work
+        dist.recv(tensor, grid.stage_rank(sender), group=self._ways[forward, sender])
+        return tensor
 
     def _send(self, forward: bool, tensor: Tensor) -> None:
         grid = self.grid

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from collie_core.errors import CheckpointError, nearest
-from collie_core.ops.rounding import round_to
+from collie_core.ops.rounding import Noise, round_to
+from collie_core.optimizers import adam_triton
 from collie_core.optimizers.fused import FusedOptimizer
 from collie_core.optimizers.gradients import scaled_gradient
 from collie_core.run import ParameterGroup
@@ -111,6 +112,9 @@ class ShadowedOptimizer(FusedOptimizer):
         """One parameter's step; see `collie_core.hookspecs.Optimizer`."""
         part = self._part_of[name]
         part.settings["lr"] = self.lr * part.settings["lr_scale"]
+        if adam_triton.serves(part.optimizer, parameter, gradient, finite):
+            self._step_in_one(part, gradient, finite)
+            return
         if finite.device.type != "cpu":  # torch's protocol for gradient scalers: 1 lets the kernel do nothing
             part.optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
         elif not bool(finite):  # asking costs nothing on the CPU
@@ -118,6 +122,29 @@ class ShadowedOptimizer(FusedOptimizer):
         self._step_alone(
             part, scaled_gradient(gradient, self.loss_scale, self.grad_scale, self.clip_grad_value)
         )
+
+    @torch.no_grad()
+    def update_all(self, gradients: Iterable[tuple[str, nn.Parameter, Tensor]], finite: Tensor) -> None:
+        """Every parameter's step; see `collie_core.hookspecs.Optimizer`."""
+        # only kernels that are told `found_inf` leave parameters alone by themselves
+        if not self.options.get("fused") and not bool(finite):
+            return
+        together = False
+        for name, parameter, gradient in gradients:
+            if name in self._part_of:
+                self.update(name, parameter, gradient, finite)
+                parameter.grad = None
+            else:
+                scale = (self.loss_scale, self.grad_scale, self.clip_grad_value)
+                parameter.grad = scaled_gradient(gradient, *scale)
+                together = True
+        if together:
+            [part] = [part for part in self.parts if part.alone is None]
+            for group in part.optimizer.param_groups:
+                group["lr"] = self.lr * group["lr_scale"]
+            if self.options.get("fused"):
+                part.optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
+            part.optimizer.step()
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -129,6 +156,28 @@ class ShadowedOptimizer(FusedOptimizer):
                 part.optimizer.step()
             elif part.alone.local.grad is not None:
                 self._step_alone(part, part.alone.local.grad.float())
+
+    def _step_in_one(self, part: _Part, gradient: Tensor, finite: Tensor) -> None:
+        """The same by one kernel."""
+        shard, [own] = part.alone, part.parameters
+        assert shard is not None
+        state = part.optimizer.state[own]
+        if not state:
+            zeros = {key: torch.zeros_like(shard.local, dtype=self.state_dtype) for key in adam_triton.STATES}
+            state |= {"step": torch.zeros((), device=shard.local.device), **zeros}
+            if self.state_dtype != torch.float32:
+                part.narrow.update(zeros)
+        adam_triton.step(
+            shard.local.detach(),
+            gradient,
+            state,
+            part.settings,
+            Noise.of(self.seed, self.run.step + 1, shard),
+            finite=finite,
+            loss_scale=self.loss_scale,
+            clip_value=self.clip_grad_value,
+            grad_scale=self.grad_scale,
+        )
 
     def _step_alone(self, part: _Part, gradient: Tensor) -> None:
         """gradient: fp32, of the parameter's shape."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,12 @@ class RuledOptimizer(FusedOptimizer):
         """One parameter's step; see `collie_core.hookspecs.Optimizer`."""
         gradient = scaled_gradient(gradient, self.loss_scale, self.grad_scale, self.clip_grad_value)
         self._update(name, gradient, finite)
+
+    def update_all(self, gradients: Iterable[tuple[str, nn.Parameter, Tensor]], finite: Tensor) -> None:
+        """Every parameter's step; see `collie_core.hookspecs.Optimizer`."""
+        for name, parameter, gradient in gradients:
+            self.update(name, parameter, gradient, finite)
+            parameter.grad = None
 
     @torch.no_grad()
     def step(self, lr: float) -> None:

@@ -6,6 +6,7 @@ Without an argument it serves: it imports what ranks need once, and forks them f
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import hashlib
 import importlib
@@ -260,7 +261,7 @@ def serve() -> None:
                 statuses[pid] = os.waitstatus_to_exitcode(status)
             elif time.monotonic() > deadline:
                 for left in ranks.keys() - statuses.keys():
-                    os.kill(left, signal.SIGKILL)
+                    os.kill(left, signal.SIGABRT)  # it says where it is
                 deadline = float("inf")
             else:
                 time.sleep(0.01)
@@ -276,6 +277,7 @@ def _fork(order: dict[str, Any], rank: int) -> int:
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        faulthandler.enable()
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
