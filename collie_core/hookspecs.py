@@ -290,6 +290,16 @@ def collie_explain(run: Run) -> Mapping[str, str]:  # type: ignore[empty-body]
     """What this plugin does in this run, text by topic, for `config check --explain`."""
 
 
+@hookspec
+def collie_model_built(run: Run, model: nn.Module, training: bool) -> None:
+    """The complete module stands, adapters in place, mostly still on meta; nothing cuts or compiles it yet.
+
+    Here a plugin may change how modules compute (`AdaptedLinear.multiply`), but no parameter's name, shape or
+    dtype, nor whether it is trained.  Whatever is raised ends the run.  training: false for an evaluation
+    alone.  Told twice: before the data are read a module is built that only shows whether all fits.
+    """
+
+
 # ---------------------------------------------------------------- lifecycle, told to every selected plugin
 @hookspec
 def collie_run_start(run: Run) -> None:

@@ -53,6 +53,7 @@ class Run:
     virtual_tokens, of an adapter, are put before every record.
     added says which adapter added which parameter of the whole model; then all others are frozen.
     show gives a text to the monitors; None on a process that has none.
+    model_built tells the plugins of the complete module, for them to change how it computes.
     """
 
     config: CollieConfig
@@ -73,6 +74,7 @@ class Run:
     virtual_tokens: int = 0
     added: dict[str, Adapter] = field(default_factory=dict)
     show: Callable[[str, str], None] | None = None
+    model_built: Callable[[nn.Module], None] | None = None
 
     @property
     def first(self) -> bool:

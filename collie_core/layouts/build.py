@@ -56,7 +56,7 @@ class Placed:
 def build(run: Run, provider: ModelProvider, adapters: Sequence[Adapter], ops: Ops) -> nn.Module:
     """The complete module with adapters in place (`run.added`) and `requires_grad` set.
 
-    It is on meta, unless the user gave a model with weights.
+    Plugins have changed how it computes.  It is on meta, unless the user gave a model with weights.
     Raises ConfigError where a pattern of trainable parameters matches nothing.
     """
     assert run.source is not None
@@ -67,6 +67,8 @@ def build(run: Run, provider: ModelProvider, adapters: Sequence[Adapter], ops: O
             model = provider.build(run.source.config, ops)
     run.added = adapt(model, adapters)
     set_trainable(model, run)
+    if run.model_built is not None:
+        run.model_built(model)
     return model
 
 

@@ -296,6 +296,8 @@ def _check_can_be_cut(path: str, module: nn.Module) -> None:
             f"the parallel plan cuts {path}, a {type(module).__name__}; only nn.Linear and nn.Embedding "
             "themselves can be cut, as what a subclass computes would be lost"
         )
+    if getattr(module, "multiply", None) is not None:
+        raise PluginError(f"the parallel plan cuts {path}, whose product a plugin computes from the whole")
     if isinstance(module, nn.Embedding):
         changes = [key for key in ("max_norm", "scale_grad_by_freq", "sparse") if getattr(module, key)]
         if changes:

@@ -1,4 +1,4 @@
-"""Linears and embeddings that adapters change, in a form that every layout can cut.
+"""Linears and embeddings that adapters and other plugins change, in a form that every layout can cut.
 
 An adapter's own parameters are children of the linear, so the model's keep their names:
 `blocks.0.attention.q_proj.weight` and `blocks.0.attention.q_proj.adapters.default.lora_A`.
@@ -6,14 +6,18 @@ An adapter's own parameters are children of the linear, so the model's keep thei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from collie_core.errors import ConfigError, PluginError
+from collie_core.errors import ConfigError, PluginError, nearest
 from collie_core.models.packed import Packing, packed_product
+
+#: x (..., inputs), weight (outputs, inputs) -> (..., outputs)
+Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
 class Delta(nn.Module):
@@ -43,9 +47,11 @@ class AdaptedLinear(nn.Linear):
     """A linear with `adapters`, deltas by the adapter's name, in order; the bias is added after them.
 
     packing: how its weight is stored, where that is not as numbers; `unpacked_dtype`: the one it had.
+    multiply: what computes the product with the weight in training, where F.linear does not.
     """
 
     adapters: nn.ModuleDict
+    multiply: Multiply | None = None
     packing: Packing | None = None
     unpacked_dtype: torch.dtype | None = None
 
@@ -55,14 +61,20 @@ class AdaptedLinear(nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """x (..., inputs) -> (..., outputs), without the bias."""
-        out = packed_product(x, self.weight, self.packing) if self.packing else F.linear(x, self.weight)
+        if self.packing is not None:
+            out = packed_product(x, self.weight, self.packing)
+        elif self.multiply is not None and self.training:
+            out = self.multiply(x, self.weight)
+        else:
+            out = F.linear(x, self.weight)
         for delta in self.adapters.values():
             out = delta(x, out, self)
         return out
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., inputs) -> (..., outputs)."""
-        if not self.adapters and self.packing is None:
+        plain = self.packing is None and (self.multiply is None or not self.training)
+        if plain and not self.adapters:
             return F.linear(x, self.weight, self.bias)
         out = self.product(x)
         return out if self.bias is None else out + self.bias
@@ -144,6 +156,31 @@ def adapted_linear(model: nn.Module, path: str) -> AdaptedLinear:
     made.weight, made.bias = linear.weight, linear.bias
     _put(model, path, made)
     return made
+
+
+def block_linears(model: nn.Module, skip_modules: Sequence[str] = ()) -> list[str]:
+    """Paths of the linears in the blocks but those that a name or pattern fits: o_proj, blocks.0.*.
+
+    Raises ConfigError for one that fits none.
+    """
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if path.startswith("blocks.") and type(module) in (nn.Linear, AdaptedLinear)
+    ]
+    for pattern in skip_modules:
+        if not any(fits(path, pattern) for path in paths):
+            names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+            raise ConfigError(
+                f"skip_modules: {pattern!r} fits no linear of the model's blocks{nearest(pattern, names)} "
+                f"(known: {', '.join(names)})"
+            )
+    return [path for path in paths if not any(fits(path, pattern) for pattern in skip_modules)]
+
+
+def fits(path: str, pattern: str) -> bool:
+    """Whether a user's name or pattern means the module at `path`."""
+    return path == pattern or path.endswith(f".{pattern}") or fnmatchcase(path, pattern)
 
 
 def linear_dtype(linear: nn.Linear) -> torch.dtype:

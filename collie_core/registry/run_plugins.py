@@ -18,6 +18,8 @@ from collie_core.registry.discovery import PluginInfo
 from collie_core.registry.registry import Registry, describe_error, make_instance
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from collie_core.run import Run
 
 #: a failure of one of these ends the run, since its result depends on them; any other plugin is dropped
@@ -138,6 +140,27 @@ class RunPlugins:
                 said[plugin.label] = {**said.get(plugin.label, {}), **answer}
         return said
 
+    def model_built(self, run: Run, model: nn.Module, training: bool) -> None:
+        """Let every selected plugin change how the complete module computes; what one raises goes on.
+
+        Raises PluginError for a plugin that changes a parameter.
+        """
+        before = _parameters(model)
+        for plugin, implementation in self._implementations("collie_model_built"):
+            if implementation.wrapper:
+                continue
+            with _origin_noted(plugin):
+                caller = self._caller(plugin, "collie_model_built")
+                caller(run=run, model=model, training=training)
+            after = _parameters(model)
+            for name in sorted(before.keys() | after.keys()):
+                if before.get(name) != after.get(name):
+                    was, now = (_said(found.get(name)) for found in (before, after))
+                    raise PluginError(
+                        f"{plugin.label}: its collie_model_built may change how modules compute, but {name} "
+                        f"was {was} and is {now}"
+                    )
+
     def broadcast(self, hook: str, **arguments: Any) -> None:
         """Tell every selected plugin of a lifecycle event, in the order of the config.
 
@@ -203,6 +226,21 @@ class RunPlugins:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def _parameters(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """Shape, dtype and whether it is trained of every parameter, a tied one under all its names."""
+    return {
+        name: (tuple(parameter.shape), parameter.dtype, parameter.requires_grad)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _said(parameter: tuple[Any, ...] | None) -> str:
+    if parameter is None:
+        return "absent"
+    shape, dtype, trained = parameter
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')} {'trained' if trained else 'frozen'}"
 
 
 def _call(implementation: pluggy.HookImpl, arguments: Mapping[str, Any]) -> Any:

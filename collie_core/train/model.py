@@ -104,6 +104,8 @@ def check_model(run: Run, plugins: RunPlugins, layout: Layout) -> None:
     model = build_model(source)
     added = adapt(model, adapters)
     set_trainable(model, replace(run, added=added))
+    if run.model_built is not None:
+        run.model_built(model)
     check = getattr(layout, "check_model", None)
     if check is not None:
         check(model, source.provider, adapters)

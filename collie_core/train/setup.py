@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,7 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
         run.virtual_tokens = _virtual_tokens(plugins.of_kind("adapter"))
         base_lr = _base_lr(run, plugins)
         layout = _open_layout(run, plugins, stack)
+        run.model_built = partial(plugins.model_built, run, training=True)
         check_model(run, plugins, layout)
         train_data = required_dataset(trainer, run, provider, "train")
         if checkpoint is not None:
@@ -162,6 +164,7 @@ def open_evaluation(trainer: Trainer) -> Iterator[Callable[[], dict[str, float]]
         run.virtual_tokens = _virtual_tokens(selected)
         data = required_dataset(trainer, run, provider, "eval")
         layout = _open_layout(run, plugins, stack)
+        run.model_built = partial(plugins.model_built, run, training=False)
         layout.prepare(provider, make_adapters(selected, plugins, run), None)
         evaluators = open_evaluators(run, data)
         yield lambda: run_evaluators(evaluators, layout)

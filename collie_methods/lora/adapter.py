@@ -17,6 +17,7 @@ from collie_core.plugin import (
     ConfigError,
     Piece,
     add_delta,
+    block_linears,
     merge_deltas,
     nearest,
 )
@@ -59,7 +60,7 @@ class LoraAdapter:
     def adapt(self, model: nn.Module) -> None:
         """A delta on every target.  Raises ConfigError for targets that are not there, or that have DoRA."""
         assert self.run.source is not None
-        self._known = names.linears(model)
+        self._known = block_linears(model)
         self._stock = names.stock_names(self.run.source, model)
         options = self.options
         self.paths = self._loaded_paths() if options.path else names.chosen(model, options.target_modules)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from collie_core.plugin import AdaptedLinear, ConfigError, Rename, nearest
+from collie_core.plugin import ConfigError, Rename, block_linears, fits, nearest
 
 if TYPE_CHECKING:
     from collie_core.models.provider import SelectedProvider
@@ -16,18 +15,9 @@ if TYPE_CHECKING:
 SHORT = ("all-linear", "attention", "mlp")
 
 
-def linears(model: nn.Module) -> list[str]:
-    """Paths of the plain linears in the blocks of a model."""
-    return [
-        path
-        for path, module in model.named_modules()
-        if path.startswith("blocks.") and type(module) in (nn.Linear, AdaptedLinear)
-    ]
-
-
 def chosen(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     """Paths of the linears that `target_modules` means.  Raises ConfigError for a name that fits none."""
-    known = linears(model)
+    known = block_linears(model)
     found: set[str] = set()
     for target in (targets,) if isinstance(targets, str) else targets:
         fitting = [path for path in known if _fits(path, target)]
@@ -45,7 +35,7 @@ def _fits(path: str, target: str) -> bool:
     if target in SHORT:
         in_attention = any("att" in part for part in path.split(".")[2:])  # attention, self_attn, attn, ...
         return target == "all-linear" or in_attention == (target == "attention")
-    return path == target or path.endswith(f".{target}") or fnmatchcase(path, target)
+    return fits(path, target)
 
 
 def stock_names(source: SelectedProvider, model: nn.Module) -> dict[str, str]:
@@ -58,7 +48,7 @@ def stock_names(source: SelectedProvider, model: nn.Module) -> dict[str, str]:
         for rule in source.provider.weight_map(source.config)
         if isinstance(rule, Rename)
     }
-    paths = linears(model)
+    paths = block_linears(model)
     if any(f"{path}.weight" not in weights for path in paths):
         return {}
     return {path: weights[f"{path}.weight"].removesuffix(".weight") for path in paths}

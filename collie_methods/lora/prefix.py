@@ -21,9 +21,9 @@ from collie_core.plugin import (
     UserError,
     adapt_embedding,
     add_delta,
+    block_linears,
     linear_dtype,
 )
-from collie_methods.lora import names
 from collie_methods.lora.files import base_model, write_folder
 from collie_methods.lora.prompt_plugins import PrefixTuningOptions
 from collie_methods.lora.prompts import EMBEDDINGS, read_embeddings, word_embedding
@@ -119,7 +119,7 @@ class PrefixAdapter:
         of `path` is for another model.
         """
         count = self.options.num_virtual_tokens if self._read is None else len(self._read)
-        known = names.linears(model)
+        known = block_linears(model)
         blocks: Any = model.blocks
         for key, block in blocks.items():
             inside = [path for path in known if path.startswith(f"blocks.{key}.")]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from collie_core.plugin import AdaptedLinear, ConfigError, UserError, nearest, pack_linear, unpack_linears
+from collie_core.plugin import ConfigError, UserError, block_linears, pack_linear, unpack_linears
 from collie_methods.quant.formats import Int8, Nf4
 
 if TYPE_CHECKING:
@@ -30,21 +29,7 @@ class Quantiser:
 
     def adapt(self, model: nn.Module) -> None:
         """Raises ConfigError for rows that are no whole blocks, and names that fit no linear."""
-        known = [
-            path
-            for path, module in model.named_modules()
-            if path.startswith("blocks.") and type(module) in (nn.Linear, AdaptedLinear)
-        ]
-        for pattern in self.options.skip_modules:
-            if not any(_fits(path, pattern) for path in known):
-                names = list(dict.fromkeys(path.rpartition(".")[2] for path in known))
-                raise ConfigError(
-                    f"skip_modules: {pattern!r} fits no linear of the model's blocks"
-                    f"{nearest(pattern, names)} (known: {', '.join(names)})"
-                )
-        for path in known:
-            if any(_fits(path, pattern) for pattern in self.options.skip_modules):
-                continue
+        for path in block_linears(model, self.options.skip_modules):
             try:
                 pack_linear(model, path, self.format)
             except ConfigError as error:
@@ -65,7 +50,3 @@ class Quantiser:
 
     def load(self, folder: Path) -> None:
         """Nothing is read."""
-
-
-def _fits(path: str, pattern: str) -> bool:
-    return path == pattern or path.endswith(f".{pattern}") or fnmatchcase(path, pattern)
