@@ -84,10 +84,11 @@ def measure(args: argparse.Namespace, case: Case) -> list[Contestant]:
     q, k, v, gradient = (
         torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in [*shapes, shapes[0]]
     )
-    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
 
     def step(attend: Attention, ctx: Context) -> None:
-        torch.autograd.grad(attend(*inputs, ctx), inputs, gradient)
+        torch.autograd.grad(attend(q, k, v, ctx), (q, k, v), gradient)
 
     contestants, steps = [], {}
     for name in args.names:

@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     if args.compile:
-        for block in model.blocks.values():  # type: ignore[union-attr, operator]
+        for block in model.blocks.values():  # type: ignore[operator]
             block.compile()
     ids = torch.randint(0, 128, (rows, length), device=args.device)
     found: dict[str, dict[str, Any]] = {}

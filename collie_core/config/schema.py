@@ -164,7 +164,11 @@ class TrainSection(Section):
     max_steps: Count | None = Field(default=None, description="end after so many steps, even within an epoch")
     activation_checkpointing: (
         Auto | Literal["none", "full", "selective", "offload"] | Annotated[int, Field(ge=0)]
-    ) = "auto"
+    ) = Field(
+        default="auto",
+        description="blocks computed again in the backward pass: all (full), the first so many, all but "
+        "their attention (selective), all from inputs in host memory (offload); auto: as few as fit",
+    )
     compile: Auto | bool = "auto"
     trainable: list[str] = Field(
         default_factory=list, description="patterns of the parameters to train; empty: all"
@@ -200,8 +204,12 @@ class CheckpointSection(Section):
 class OpsSection(Section):
     """Which implementation of an operation is used; auto takes the fastest that is there."""
 
-    attention: str = "auto"
-    cross_entropy: str = "auto"
+    attention: str = Field(
+        default="auto",
+        description="sdpa, sdpa_without_flash, cudnn, flash, varlen, flash_attn, flash_attn_4, flex or "
+        "reference",
+    )
+    cross_entropy: str = Field(default="auto", description="chunked, plain, liger")
 
 
 class CollieConfig(Section):

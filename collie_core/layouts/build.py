@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,7 @@ class Placed:
     whole model.  shards: this rank's part of each, under the same names; frozen ones too.
     whole_shapes: shape of every parameter and persistent buffer of the whole model, in its order.
     width, dtype: of the hidden states between stages.  zero: the parameters are sharded over dp.
+    read_from: the checkpoint whose `model.*` tensors it still holds, if there is one.
     """
 
     model: nn.Module
@@ -46,6 +48,7 @@ class Placed:
     dtype: torch.dtype = torch.float32
     zero: bool = False
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    read_from: Path | None = None
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -79,7 +82,8 @@ def place_whole(run: Run, provider: ModelProvider, adapters: Sequence[Adapter], 
     """
     assert run.source is not None
     model = build(run, provider, adapters, ops)
-    if has_weights(model):
+    given = has_weights(model)
+    if given:
         model = model.to(run.device)
     else:
         load_selected(
@@ -95,7 +99,24 @@ def place_whole(run: Run, provider: ModelProvider, adapters: Sequence[Adapter], 
     slots = Slots(model)
     shapes = {name: tensor.shape for name, tensor in slots.tensors.items() if name not in slots.copies}
     parameters = dict(model.named_parameters())
-    return Placed(model, [stage], parameters, run.shards, shapes, buffers=persistent_buffers(model))
+    return Placed(
+        model,
+        [stage],
+        parameters,
+        run.shards,
+        shapes,
+        buffers=persistent_buffers(model),
+        read_from=read_from(run, given),
+    )
+
+
+def read_from(run: Run, given: bool) -> Path | None:
+    """The checkpoint that a model was filled from, or its adapters were where it has some, as only these are
+    in the run's own checkpoints.  given: it came with weights."""
+    assert run.source is not None
+    if run.added:
+        return run.source.trained
+    return None if given else run.source.checkpoint
 
 
 def has_weights(model: nn.Module) -> bool:

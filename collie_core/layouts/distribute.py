@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from collie_core.errors import UserError
 from collie_core.layouts import zero
-from collie_core.layouts.build import Placed, build, has_weights
+from collie_core.layouts.build import Placed, build, has_weights, read_from
 from collie_core.layouts.partition import partition
 from collie_core.layouts.stage import Stage
 from collie_core.layouts.tensor_parallel import Cutter, TensorParallel, check_heads
@@ -101,7 +101,17 @@ def place_parts(
     initialise_added(run)
     sharded = options.shards_parameters(grid.dp.size)
     return Placed(
-        model, stages, parameters, run.shards, shapes, tp, width, dtype, zero=sharded, buffers=buffers
+        model,
+        stages,
+        parameters,
+        run.shards,
+        shapes,
+        tp,
+        width,
+        dtype,
+        zero=sharded,
+        buffers=buffers,
+        read_from=read_from(run, given),
     )
 
 

@@ -197,6 +197,7 @@ class NativeLayout:
         from collie_core.layouts.random_state import RandomState
 
         assert self.optimizer is not None
+        self.placed.read_from = None
         for stage in self.stages:
             stage.train()
         names = self.optimizer.passes(step_batch)

@@ -41,8 +41,9 @@ def state_of(layout: NativeLayout) -> dict[str, Tensor | Piece]:
 def load_state(layout: NativeLayout, folder: Path) -> None:
     """Fill model, optimizer and loss scale, each rank reading its pieces.  Raises CheckpointError."""
     group = layout.grid.control
-    state = {name: value for name, value in state_of(layout).items() if name.startswith("model.")}
-    load_tensors(state, folder, process_group=group)
+    if layout.placed.read_from != folder:
+        state = {name: value for name, value in state_of(layout).items() if name.startswith("model.")}
+        load_tensors(state, folder, process_group=group)
     if layout.optimizer is None:
         return
     live = layout.optimizer.state_dict()

@@ -24,17 +24,17 @@ def flex(
     if length != k.shape[2] or scores.dropout:
         return sdpa(q, k, v, ctx, scale, scores)
     mask = block_mask(ctx, length, scores.window)
-    cap = scores.softcap
 
     def capped(score: Tensor, *_place: Tensor) -> Tensor:
-        return cap * torch.tanh(score / cap)
+        assert scores.softcap is not None
+        return scores.softcap * torch.tanh(score / scores.softcap)
 
     run = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _compiled()
     out: Tensor = run(
         q,
         k,
         v,
-        score_mod=None if cap is None else capped,
+        score_mod=None if scores.softcap is None else capped,
         block_mask=mask,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -94,9 +95,8 @@ def liger(
 
 
 def _liger_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    from liger_kernel.transformers.functional import liger_cross_entropy
-
-    summed: Tensor = liger_cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    module: Any = import_module("liger_kernel.transformers.functional")
+    summed: Tensor = module.liger_cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     return summed.float()
 
 

@@ -26,8 +26,8 @@ def open_model(
 ) -> ModelProvider:
     """Find the model and its provider; read its config and tokenizer.
 
-    checkpoint: of this run.  Unless it has adapters alone, the weights come from there, and the model that
-    the run began with may be gone.
+    checkpoint: of this run.  The weights come from there, and the model that the run began with may be gone;
+    unless it has adapters alone, and then these come from there.
     """
     from collie_core.models.provider import select_provider
     from collie_core.models.sources import locate
@@ -45,6 +45,8 @@ def open_model(
 
     if checkpoint is None or run.config.adapters or given:
         selected = select(path, section.provider, weights=not given)
+        if checkpoint is not None and run.config.adapters:
+            selected = replace(selected, trained=checkpoint.path)
     else:
         provider = section.provider or checkpoint.state().get("provider")
         try:

@@ -180,6 +180,13 @@ class Session:
             except Exception as error:
                 self._report(plugin.label, error)
 
+    def note_choices(self) -> None:
+        """`run.json` again, with what the first step has resolved."""
+        from collie_core.train.output import write_run_json
+
+        if self.run.first:
+            write_run_json(self.run, self.plugins)
+
     def finish(self) -> None:
         """The export: the model in Hugging Face layout, or the adapters in that of their libraries."""
         from collie_core.train.output import export_adapters, export_final, write_run_json

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from collie_core.config.checks import check_config, processes, product
 from collie_core.config.problems import ConfigProblems, Key
@@ -27,6 +27,8 @@ from collie_core.train.resume import (
 )
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from collie_core.checkpoint.folder import Checkpoint
     from collie_core.config.schema import CollieConfig, PluginSection
     from collie_core.hookspecs import Layout
@@ -111,7 +113,9 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
         run, plugins = _new_run(trainer, stack)
         exists = from_first(lambda: lock_existing(run, stack), run.control)
         section = config.checkpoint
-        checkpoints = CheckpointManager(run.output_dir, section.keep, section.verify, _own_group(run))
+        # a group for checkpoints alone, so that saves in the background never cross other messages
+        own_group = None if run.control is None else stack.enter_context(_patient_group())
+        checkpoints = CheckpointManager(run.output_dir, section.keep, section.verify, own_group)
         checkpoint = checkpoint_to_resume(run, checkpoints)
         run.resolved.update(settled(run, checkpoint))
         provider = open_model(trainer, run, plugins, stack, checkpoint)
@@ -210,18 +214,19 @@ def _new_run(trainer: Trainer, stack: ExitStack) -> tuple[Run, RunPlugins]:
             open_process_group(world, device, _COLLECTIVE_TIMEOUT_S)
             atexit.register(close_process_group)
         stack.push(lambda kind, error, trace: close_process_group() if error is not None else None)
-        patience = timedelta(seconds=_CONTROL_TIMEOUT_S)
-        run.control = torch.distributed.new_group(backend="gloo", timeout=patience)
+        run.control = stack.enter_context(_patient_group())
     torch.manual_seed(config.seed + data_rank(config, run.rank))
     return run, plugins
 
 
-def _own_group(run: Run) -> Any:
-    """A group for checkpoints alone, so that saves in the background never cross other messages."""
+@contextmanager
+def _patient_group() -> Iterator[ProcessGroup]:
+    """A group of all processes over gloo.  After an error it stays: others may be waiting in it."""
     import torch.distributed as dist
 
-    patience = timedelta(seconds=_CONTROL_TIMEOUT_S)
-    return None if run.control is None else dist.new_group(backend="gloo", timeout=patience)
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=_CONTROL_TIMEOUT_S))
+    yield group
+    dist.destroy_process_group(group)
 
 
 def _open_layout(run: Run, plugins: RunPlugins, stack: ExitStack) -> Layout:

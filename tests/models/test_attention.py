@@ -241,7 +241,7 @@ class FlashAttn:
         assert bounds == cu_seqlens_k.tolist() and max_seqlen_q == max_seqlen_k
         assert max_seqlen_q >= int(cu_seqlens_q.diff().max())
         parts = [
-            self.flash_attn_func(*(x[None, begin:end] for x in (q, k, v)), **how)[0]
+            self.flash_attn_func(q[None, begin:end], k[None, begin:end], v[None, begin:end], **how)[0]
             for begin, end in pairwise(bounds)
             if begin < end
         ]
@@ -258,9 +258,16 @@ def test_the_package_flash_attn_is_asked_for_the_same(scores: Scores) -> None:
         ctx = Context.build(ids(2, 8), segments=packed)
         expected = select_ops("reference").attention(q, k, v, ctx, 0.3, scores)
         records = None if packed is None else Records.of(packed)
-        given = [x.transpose(1, 2) for x in (q, k, v)]
-        found = kernel(*given, records, 0.3, scores.window, scores.softcap).transpose(1, 2)
-        torch.testing.assert_close(found, expected)
+        found = kernel(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            records,
+            0.3,
+            scores.window,
+            scores.softcap,
+        )
+        torch.testing.assert_close(found.transpose(1, 2), expected)
 
 
 def test_choice_of_implementations() -> None:

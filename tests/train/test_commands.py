@@ -176,7 +176,7 @@ def test_the_output_folder_holds_what_is_documented(trained: Path) -> None:
     }
     assert all(Path(plugin["file"]).is_file() and plugin["version"] for plugin in run["plugins"])
     assert run["resolved"]["activation_checkpointing"] == "none" and run["resolved"]["compile"] is False
-    assert set(run["resolved"]["ops"]) == {"attention", "cross_entropy"}
+    assert set(run["resolved"]["ops"]) == {"attention", "packed_attention", "cross_entropy"}
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_000010", "step_000020"]
 
 

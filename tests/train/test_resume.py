@@ -18,6 +18,8 @@ import yaml
 from training_helpers import StopAt, all_lines, config, largest_difference, losses, metrics, weights
 
 from collie_core import Trainer
+from collie_core.checkpoint.store import read_metadata
+from collie_core.checkpoint.tensor_files import TensorFiles
 from collie_core.errors import CheckpointError, ConfigError, UserError
 
 CHANGES: dict[str, Any] = {
@@ -238,6 +240,28 @@ def test_resume_from_a_named_checkpoint_of_another_run(tiny_llama: Path, whole: 
     Trainer(config(tiny_llama, data, out, **{**CHANGES, "checkpoint": {"resume": str(checkpoint)}})).train()
     assert losses(out) == losses(whole / "out")[4:]
     assert largest_difference(weights(out), weights(whole / "out")) == 0.0
+
+
+@pytest.mark.parametrize("adapters", [[], [{"name": "lora", "r": 4, "init_lora_weights": "pissa"}]])
+def test_each_tensor_of_the_checkpoint_is_read_once(
+    adapters: list[Any], tiny_llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {**CHANGES, "adapters": adapters, "train": {**CHANGES["train"], "max_steps": 4}}
+    settings = (tiny_llama, whole / "train.jsonl", tmp_path / "out")
+    Trainer(config(*settings, **changes), callbacks=[StopAt(2)]).train()
+    read, names = TensorFiles.read, []
+
+    def counted(files: TensorFiles, name: str, *how: Any) -> Any:
+        names.append(name)
+        return read(files, name, *how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorFiles, "read", counted)
+        Trainer(config(*settings, **changes)).train()
+    stored = read_metadata(tmp_path / "out/checkpoints/step_000002").tensors
+    assert sorted(names) == sorted(stored)
+    Trainer(config(*settings[:2], tmp_path / "expected", **changes)).train()
+    same_run(tmp_path / "expected", tmp_path / "out")
 
 
 def test_an_output_folder_in_use_is_refused(tiny_llama: Path, whole: Path, tmp_path: Path) -> None:
