@@ -111,17 +111,20 @@ class ShadowedOptimizer(FusedOptimizer):
     def update(self, name: str, parameter: nn.Parameter, gradient: Tensor, finite: Tensor) -> None:
         """One parameter's step; see `collie_core.hookspecs.Optimizer`."""
         part = self._part_of[name]
-        part.settings["lr"] = self.lr * part.settings["lr_scale"]
-        if adam_triton.serves(part.optimizer, parameter, gradient, finite):
-            self._step_in_one(part, gradient, finite)
-            return
         if finite.device.type != "cpu":  # torch's protocol for gradient scalers: 1 lets the kernel do nothing
             part.optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
         elif not bool(finite):  # asking costs nothing on the CPU
             return
-        self._step_alone(
-            part, scaled_gradient(gradient, self.loss_scale, self.grad_scale, self.clip_grad_value)
-        )
+        self._update(part, gradient, finite)
+
+    def _update(self, part: _Part, gradient: Tensor, finite: Tensor) -> None:
+        assert part.alone is not None
+        part.settings["lr"] = self.lr * part.settings["lr_scale"]
+        if adam_triton.serves(part.optimizer, part.alone.local, gradient, finite):
+            self._step_in_one(part, gradient, finite)
+        else:
+            scale = (self.loss_scale, self.grad_scale, self.clip_grad_value)
+            self._step_alone(part, scaled_gradient(gradient, *scale))
 
     @torch.no_grad()
     def update_all(self, gradients: Iterable[tuple[str, nn.Parameter, Tensor]], finite: Tensor) -> None:
@@ -129,7 +132,7 @@ class ShadowedOptimizer(FusedOptimizer):
         together = False
         for name, parameter, gradient in gradients:
             if name in self._part_of:
-                self.update(name, parameter, gradient, finite)
+                self._update(self._part_of[name], gradient, finite)
                 parameter.grad = None
             else:
                 scale = (self.loss_scale, self.grad_scale, self.clip_grad_value)
