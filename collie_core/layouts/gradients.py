@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from collie_core.layouts.ties import part_of
+from collie_core.ops import norm_triton
 from collie_core.shard import Shard
 
 if TYPE_CHECKING:
@@ -174,13 +175,19 @@ class GradientFlow:
     def _use(self, name: str, gradient: Tensor) -> None:
         """A complete gradient of this rank's box."""
         shard = self.shards[name]
-        square = _sum_of_squares(gradient)
+        updates = self.mode == "update"
+        # the whole parameter is updated or not: one bad element leaves all of it as it was
+        if norm_triton.serves(gradient):
+            square, finite = norm_triton.squares(gradient, self.finite if updates else None)
+        else:
+            square, finite = _sum_of_squares(gradient), None
         self._squares.append(square / shard.copies if shard.copies > 1 else square)
-        if self.mode == "update":
+        if updates:
             assert self.update is not None and self.finite is not None
-            # the whole parameter is updated or not: one bad element leaves all of it as it was
-            whole = shard.sum(square.clone(), range(len(shard.shape))) if shard.cuts else square
-            self.update(name, shard.local, gradient, self.finite & torch.isfinite(whole))
+            if shard.cuts or finite is None:
+                whole = shard.sum(square.clone(), range(len(shard.shape))) if shard.cuts else square
+                finite = self.finite & torch.isfinite(whole)
+            self.update(name, shard.local, gradient, finite)
         elif self.mode == "keep":
             shard.local.grad = gradient
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collie_core.run import Run
 
 BlockRunner = Callable[[Tensor, "Context"], Tensor]
-SelectiveBlock = Callable[[nn.Module, Tensor, "Context"], Tensor]
+RecomputedBlock = Callable[[nn.Module, Tensor, "Context"], Tensor]
 
 
 def runner_for(
@@ -61,30 +61,29 @@ def runner_for(
 
 def _runner(blocks: list[nn.Module], mode: str | int, run: Run) -> BlockRunner:
     if mode == "selective":
-        return partial(_keep_attention, blocks, _compiled_too(run))
+        return partial(_run, blocks, len(blocks), _compiled_too(_selective, run))
     if mode == "offload" and run.device.type == "cuda":
         from collie_core.layouts.offload import Offloaded
 
         return Offloaded(blocks, run.device)
     recomputed = {"none": 0, "full": len(blocks), "offload": len(blocks)}.get(str(mode), mode)
     assert isinstance(recomputed, int)
-    return partial(_run, blocks, recomputed)
+    return partial(_run, blocks, recomputed, _compiled_too(_full, run))
 
 
-def _run(blocks: list[nn.Module], recomputed: int, h: Tensor, context: Context) -> Tensor:
+def _run(
+    blocks: list[nn.Module], recomputed: int, again: RecomputedBlock, h: Tensor, context: Context
+) -> Tensor:
     """Every block in turn; the first `recomputed` of them from their inputs."""
     for index, block in enumerate(blocks):
-        again = index < recomputed
-        h = checkpoint(block, h, context, use_reentrant=False) if again else block(h, context)
+        h = again(block, h, context) if index < recomputed else block(h, context)
     return h
 
 
-def _keep_attention(
-    blocks: list[nn.Module], selective: SelectiveBlock, h: Tensor, context: Context
-) -> Tensor:
-    for block in blocks:
-        h = selective(block, h, context)
-    return h
+def _full(block: nn.Module, h: Tensor, context: Context) -> Tensor:
+    """The block; its backward pass computes all of it again."""
+    result: Tensor = checkpoint(lambda h: block(h, context), h, use_reentrant=False)
+    return result
 
 
 def _selective(block: nn.Module, h: Tensor, context: Context) -> Tensor:
@@ -95,9 +94,24 @@ def _selective(block: nn.Module, h: Tensor, context: Context) -> Tensor:
     return result
 
 
-def _compiled_too(run: Run) -> SelectiveBlock:
-    """`_selective`, compiled where blocks are: the choice of what is kept must be within their graph."""
-    return torch.compile(_selective) if run.resolved.get("compile") else _selective
+def _compiled_too(recomputed: RecomputedBlock, run: Run) -> RecomputedBlock:
+    """The same, compiled where blocks are.
+
+    What is kept must be chosen within their graph, and what nobody needs again (the last projection, a fifth
+    of a block) is left out there.  Blocks that ZeRO gathers are checkpointed around their graph: the
+    gathering is no part of it.
+    """
+    if not run.resolved.get("compile"):
+        return recomputed
+    from torch.distributed.fsdp import FSDPModule
+
+    inside = torch.compile(recomputed)
+
+    def chosen(block: nn.Module, h: Tensor, context: Context) -> Tensor:
+        outside = recomputed is _full and isinstance(block, FSDPModule)
+        return (recomputed if outside else inside)(block, h, context)
+
+    return chosen
 
 
 def _attention_kept() -> Any:
@@ -120,13 +134,14 @@ class _Measured:
         """stretch: the name of these blocks among all of the model; None: they are all."""
         self.blocks, self.run, self.agree, self.stretch = blocks, run, agree, stretch
         self.recomputed: int | None = None
+        self._again = _compiled_too(_full, run)
 
     def __call__(self, h: Tensor, context: Context) -> Tensor:
         if self.recomputed is None:
             chosen = self._choose(h, context)
             self.recomputed = chosen if self.agree is None else self.agree(chosen)
             self._tell(self.recomputed)
-        return _run(self.blocks, self.recomputed, h, context)
+        return _run(self.blocks, self.recomputed, self._again, h, context)
 
     def _tell(self, chosen: int) -> None:
         """Note the choice for run.json and for a start that goes on, and say it."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from collie_core.ops import cross_entropy_triton
 from collie_core.ops.context import Context
 
 IGNORED = -100
@@ -27,6 +28,13 @@ _CHUNK_LOGITS = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
 
 def summed_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """The `SummedLoss` of a whole vocabulary."""
+    if cross_entropy_triton.serves(logits, targets):
+        return cross_entropy_triton.summed_nll(logits, targets, IGNORED)
+    return plain_nll(logits, targets)
+
+
+def plain_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same by torch's own functions: the oracle."""
     log_probabilities = F.log_softmax(logits, -1, dtype=torch.float32)
     return F.nll_loss(log_probabilities, targets, ignore_index=IGNORED, reduction="sum")
 
@@ -36,7 +44,7 @@ def plain(
     h: Tensor,
     labels: Tensor,
     ctx: Context,
-    loss: SummedLoss = summed_nll,
+    loss: SummedLoss = plain_nll,
     width: int | None = None,
 ) -> Tensor:
     """Summed cross entropy of `head(h)` at position t with label t + 1, in fp32: the oracle of the others.

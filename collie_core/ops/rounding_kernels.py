@@ -21,10 +21,19 @@ def _stochastic_bfloat16(value, counter, key):
 
 
 @triton.jit
-def _counter(index, starts, length, origin, inside):
+def _piece(numel, BLOCK: tl.constexpr):
+    """(first element, offsets from it, which are inside): 64 bits for the one number that needs them."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    offset = tl.arange(0, BLOCK)
+    return first, offset, offset < tl.minimum(numel - first, BLOCK).to(tl.int32)
+
+
+@triton.jit
+def _counter(first, offset, starts, length, origin, inside):
     if starts is not None:
-        index = tl.load(starts + index // length, inside) + index % length
-    return index + origin
+        index = first + offset
+        return (tl.load(starts + index // length, inside) + index % length + origin).to(tl.uint32)
+    return (first + origin).to(tl.uint32) + offset.to(tl.uint32)
 
 
 @triton.jit
@@ -36,11 +45,10 @@ def _number(number, pointer):
 
 @triton.jit(do_not_specialize=_SCALARS)
 def round_to(target, value, starts, numel, length, origin, key, BLOCK: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < numel
-    new = tl.load(value + index, inside).to(tl.float32)
-    new = _stochastic_bfloat16(new, _counter(index, starts, length, origin, inside), key)
-    tl.store(target + index, new, inside)
+    first, offset, inside = _piece(numel, BLOCK)
+    new = tl.load(value + first + offset, inside).to(tl.float32)
+    new = _stochastic_bfloat16(new, _counter(first, offset, starts, length, origin, inside), key)
+    tl.store(target + first + offset, new, inside)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -65,16 +73,15 @@ def descend(
     BLOCK: tl.constexpr,
 ):
     if tl.load(finite):
-        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = index < numel
-        old = tl.load(target + index, inside).to(tl.float32)
-        change = tl.load(direction + index, inside).to(tl.float32) / loss_scale
+        first, offset, inside = _piece(numel, BLOCK)
+        old = tl.load(target + first + offset, inside).to(tl.float32)
+        change = tl.load(direction + first + offset, inside).to(tl.float32) * (1.0 / loss_scale)
         if clip_value is not None:
             change = tl.minimum(tl.maximum(change, -clip_value), clip_value)
         change *= _number(grad_scale, grad_scale_pointer)
         new = old * (1.0 - _number(decay, decay_pointer)) - _number(rate, rate_pointer) * change
         if STOCHASTIC:
-            counter = _counter(index, starts, length, origin, inside)
-            tl.store(target + index, _stochastic_bfloat16(new, counter, key), inside)
+            counter = _counter(first, offset, starts, length, origin, inside)
+            tl.store(target + first + offset, _stochastic_bfloat16(new, counter, key), inside)
         else:
-            tl.store(target + index, new.to(target.dtype.element_ty), inside)
+            tl.store(target + first + offset, new.to(target.dtype.element_ty), inside)

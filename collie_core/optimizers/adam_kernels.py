@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from collie_core.ops.rounding_kernels import _counter, _number, _stochastic_bfloat16
+from collie_core.ops.rounding_kernels import _counter, _number, _piece, _stochastic_bfloat16
 
 _SCALARS = ["rate", "decay", "grad_scale", "numel", "length", "origin", "key", "average_origin"]
 _SCALARS += ["average_key", "square_origin", "square_key"]
@@ -47,31 +47,27 @@ def adamw(
     BLOCK: tl.constexpr,
 ):
     if tl.load(finite):
-        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = index < numel
+        first, offset, inside = _piece(numel, BLOCK)
         steps = tl.load(count)
-        g = tl.load(gradient + index, inside, 0.0).to(tl.float32) / loss_scale
+        # 1 - beta^t: the difference itself would lose digits while beta^t is close to 1
+        step_size = rate / -libdevice.expm1(steps * log_beta1)
+        correction = 1.0 / -libdevice.expm1(steps * log_beta2)
+        g = tl.load(gradient + first + offset, inside, 0.0).to(tl.float32) * (1.0 / loss_scale)
         if clip_value is not None:
             g = tl.minimum(tl.maximum(g, -clip_value), clip_value)
         g *= _number(grad_scale, grad_scale_pointer)
-        old = tl.load(target + index, inside, 0.0).to(tl.float32)
-        m = tl.load(average + index, inside, 0.0).to(tl.float32)
-        v = tl.load(square + index, inside, 0.0).to(tl.float32)
+        old = tl.load(target + first + offset, inside, 0.0).to(tl.float32)
+        m = tl.load(average + first + offset, inside, 0.0).to(tl.float32)
+        v = tl.load(square + first + offset, inside, 0.0).to(tl.float32)
         m += weight1 * (g - m)
         v += weight2 * (g * g - v)
-        # 1 - beta^t: the difference itself would lose digits while beta^t is close to 1
-        correction1 = -libdevice.expm1(steps * log_beta1)
-        correction2 = -libdevice.expm1(steps * log_beta2)
-        denominator = tl.sqrt(v / correction2) + eps
-        new = old * (1.0 - decay) - rate / correction1 * (m / denominator)
-        counter = _counter(index, starts, length, 0, inside)
+        new = old * (1.0 - decay) - step_size * (m / (tl.sqrt(v * correction) + eps))
+        counter = _counter(first, offset, starts, length, 0, inside)
         if STATES_STOCHASTIC:
-            tl.store(average + index, _stochastic_bfloat16(m, counter + average_origin, average_key), inside)
-            tl.store(square + index, _stochastic_bfloat16(v, counter + square_origin, square_key), inside)
-        else:
-            tl.store(average + index, m.to(average.dtype.element_ty), inside)
-            tl.store(square + index, v.to(square.dtype.element_ty), inside)
+            m = _stochastic_bfloat16(m, counter + average_origin.to(tl.uint32), average_key)
+            v = _stochastic_bfloat16(v, counter + square_origin.to(tl.uint32), square_key)
+        tl.store(average + first + offset, m.to(average.dtype.element_ty), inside)
+        tl.store(square + first + offset, v.to(square.dtype.element_ty), inside)
         if STOCHASTIC:
-            tl.store(target + index, _stochastic_bfloat16(new, counter + origin, key), inside)
-        else:
-            tl.store(target + index, new.to(target.dtype.element_ty), inside)
+            new = _stochastic_bfloat16(new, counter + origin.to(tl.uint32), key)
+        tl.store(target + first + offset, new.to(target.dtype.element_ty), inside)

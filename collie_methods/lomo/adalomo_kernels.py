@@ -13,15 +13,16 @@ from collie_core.ops.rounding_kernels import _counter, _number, _stochastic_bflo
 
 @triton.jit
 def _tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (r < rows)[:, None] & (c < columns)[None, :]
-    return r, c, r.to(tl.int64)[:, None] * columns + c[None, :], inside
+    """(rows, columns, first element, offsets from it, which are inside)."""
+    r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    top, left = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
+    inside = (top + r < rows)[:, None] & (left + c < columns)[None, :]
+    return top + r, left + c, top.to(tl.int64) * columns + left, r[:, None] * columns + c[None, :], inside
 
 
 @triton.jit
-def _true_gradient(gradient, index, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer):
-    g = tl.load(gradient + index, inside, 0.0).to(tl.float32) / loss_scale
+def _true_gradient(gradient, offset, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer):
+    g = tl.load(gradient + offset, inside, 0.0).to(tl.float32) * (1.0 / loss_scale)
     if clip_value is not None:
         g = tl.minimum(tl.maximum(g, -clip_value), clip_value)
     return g * _number(grad_scale, grad_scale_pointer)
@@ -41,8 +42,10 @@ def moments(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    r, c, index, inside = _tile(rows, columns, ROWS, COLUMNS)
-    g = _true_gradient(gradient, index, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer)
+    r, c, first, offset, inside = _tile(rows, columns, ROWS, COLUMNS)
+    g = _true_gradient(
+        gradient + first, offset, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer
+    )
     square = g * g
     tl.store(of_rows + tl.program_id(1) * rows + r, tl.sum(square, 1), r < rows)
     tl.store(of_columns + tl.program_id(0) * columns + c, tl.sum(square, 0), c < columns)
@@ -65,11 +68,13 @@ def squares(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    r, c, index, inside = _tile(rows, columns, ROWS, COLUMNS)
-    g = _true_gradient(gradient, index, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer)
+    r, c, first, offset, inside = _tile(rows, columns, ROWS, COLUMNS)
+    g = _true_gradient(
+        gradient + first, offset, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer
+    )
     u = g * tl.load(by_row + r, r < rows)[:, None] * tl.load(by_column + c, c < columns)[None, :]
     u = tl.where(inside, u, 0.0)
-    p = tl.load(target + index, inside, 0.0).to(tl.float32)
+    p = tl.load(target + first + offset, inside, 0.0).to(tl.float32)
     place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tl.store(of_update + place, tl.sum(tl.sum(u * u, 1), 0))
     tl.store(of_target + place, tl.sum(tl.sum(p * p, 1), 0))
@@ -100,13 +105,15 @@ def descend(
     COLUMNS: tl.constexpr,
 ):
     if tl.load(finite):
-        r, c, index, inside = _tile(rows, columns, ROWS, COLUMNS)
-        g = _true_gradient(gradient, index, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer)
+        r, c, first, offset, inside = _tile(rows, columns, ROWS, COLUMNS)
+        g = _true_gradient(
+            gradient + first, offset, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer
+        )
         u = g * tl.load(by_row + r, r < rows)[:, None] * tl.load(by_column + c, c < columns)[None, :]
-        old = tl.load(target + index, inside, 0.0).to(tl.float32)
+        old = tl.load(target + first + offset, inside, 0.0).to(tl.float32)
         new = old * (1.0 - _number(decay, decay_pointer)) - tl.load(rate) * u
         if STOCHASTIC:
-            counter = _counter(index, starts, length, origin, inside)
-            tl.store(target + index, _stochastic_bfloat16(new, counter, key), inside)
+            counter = _counter(first, offset, starts, length, origin, inside)
+            tl.store(target + first + offset, _stochastic_bfloat16(new, counter, key), inside)
         else:
-            tl.store(target + index, new.to(target.dtype.element_ty), inside)
+            tl.store(target + first + offset, new.to(target.dtype.element_ty), inside)

@@ -19,18 +19,19 @@ def test_compiled_blocks_give_the_same(
 ) -> None:
     model = make_llama(num_hidden_layers=UNDER[layout])
     found = []
-    for compiled in (False, True):
+    for compiled, mode in ((False, "none"), (True, "none"), (True, "full"), (True, "selective")):
         config = base_config(
             model,
             data,
-            tmp_path / f"compiled_{compiled}",
+            tmp_path / f"compiled_{compiled}_{mode}",
             layout,
             optimizer={"name": "lomo", "lr": 0.1, "clip_grad_norm": 0.5},
             data={"packing": True},
-            train={"compile": compiled, "max_steps": 2},
+            train={"compile": compiled, "activation_checkpointing": mode, "max_steps": 2},
         )
         found.append(Training(config))
     run_job(tmp_path, layout, found)
-    plain, compiled_run = (training.out for training in found)
-    assert losses(compiled_run) == pytest.approx(losses(plain), rel=1e-5)
-    assert largest_difference(weights(plain), weights(compiled_run)) < 1e-5
+    plain, *compiled_runs = (training.out for training in found)
+    for run in compiled_runs:
+        assert losses(run) == pytest.approx(losses(plain), rel=1e-5), run
+        assert largest_difference(weights(plain), weights(run)) < 1e-5, run

@@ -71,6 +71,8 @@ def outcome(mode: str | int, compiled: bool) -> tuple[list[Tensor], Counter[str]
     [
         ("none", False, LAYERS, LAYERS),
         ("full", False, 2 * LAYERS, 2 * LAYERS),
+        ("full", True, 2 * LAYERS, 2 * LAYERS),
+        (2, True, LAYERS + 2, LAYERS + 2),
         ("selective", False, LAYERS, 2 * LAYERS),
         ("selective", True, LAYERS, 2 * LAYERS),
         (2, False, LAYERS + 2, LAYERS + 2),
