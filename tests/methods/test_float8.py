@@ -10,11 +10,12 @@ import pytest
 import torch
 from adapter_runs import lora_config
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from training_helpers import config, largest_difference, losses, metrics, weights
 
 from collie_core import AutoModelForCausalLM, CollieConfig, Trainer
 from collie_core.errors import UserError
-from collie_core.plugin import AdaptedLinear, Run, hookimpl
+from collie_core.plugin import AdaptedLinear, Run, adapted_linear, block_linears, hookimpl
 from collie_methods.float8.product import Float8Product
 
 RECIPES = ["tensorwise", "rowwise"]
@@ -81,6 +82,19 @@ def test_a_compiled_block_is_one_graph_and_gives_the_same(recipe: str) -> None:
         found.append((x.grad, linear.weight.grad))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_all_compiled_blocks_share_one_graph(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    multiply = Float8Product("tensorwise", emulate=True)
+    for path in block_linears(model):
+        adapted_linear(model, path).multiply = multiply
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in model.blocks.values():
+        block.compile(backend=counter, fullgraph=True)
+    ids = torch.arange(4, 36).view(2, 16)
+    model.train()(ids, labels=ids).loss.backward()
+    assert counter.frame_count == 1
 
 
 class Watcher:
