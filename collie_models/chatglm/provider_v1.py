@@ -116,11 +116,13 @@ class ChatGLMForCausalLM(Decoder):
         masked = torch.where(gmask == absent, mask, gmask)
         masked = torch.where(masked == absent, begin, masked)
         answer = place >= sop
-        if ctx.positions_given:
-            return replace(ctx, prefix=~answer)
-        first = torch.where(answer, masked, place) - begin
-        second = torch.where(answer, place - sop + 1, 0)
-        return replace(ctx, positions=torch.stack((first, second), 1), prefix=~answer)
+        made = replace(ctx, prefix=~answer)
+        if not ctx.positions_given:
+            first = torch.where(answer, masked, place) - begin
+            second = torch.where(answer, place - sop + 1, 0)
+            made = replace(made, positions=torch.stack((first, second), 1))
+        self.rotary.angles(made)  # outside the blocks, as `Decoder` does
+        return made
 
     def next_positions(self, positions: Tensor) -> Tensor:
         """The same place, one further in the answer."""

@@ -243,6 +243,9 @@ def main(job: Path) -> None:
                 getattr(importlib.import_module("rank_calls"), name)(training["config"])
             if not calls:
                 _train(training["config"], training["actions"])
+    except BaseException:
+        traceback.print_exc()  # before the process leaves the others
+        raise
     finally:
         close_process_group()
 
