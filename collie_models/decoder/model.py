@@ -22,12 +22,10 @@ class Embedding(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.rotary = config.rotary
         self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
 
     def forward(self, input_ids: Tensor, ctx: Context) -> Tensor:
         """input_ids (B, S) -> (B, S, E)."""
-        self.rotary.angles(ctx)  # memoised here, outside the blocks, so that all blocks compile to one graph
         out: Tensor = self.tokens(input_ids)
         return out
 
@@ -56,6 +54,7 @@ class Decoder(CausalLM):
         super().__init__()
         block = BLOCKS[config.residual]
         self.max_positions = config.max_positions
+        self.rotary = config.rotary
         self.embed = Embedding(config)
         self.blocks = nn.ModuleDict({str(index): block(config, ops) for index in range(config.num_layers)})
         self.head = Head(config)
@@ -63,13 +62,15 @@ class Decoder(CausalLM):
             self.head.lm_head.weight = self.embed.tokens.weight
 
     def prepare_context(self, ctx: Context) -> Context:
-        """Refuse rows that are longer than the model has positions; records of packed rows are not looked at.
+        """Memoise the rotary angles, outside the blocks, so that all blocks compile to one graph.
 
-        Raises UserError.
+        Raises UserError for rows that are longer than the model has positions; records of packed rows are
+        not looked at.
         """
         length = ctx.input_ids.shape[1]
         if ctx.segments is None and self.max_positions is not None and length > self.max_positions:
             raise UserError(f"{length} tokens in a row, and the model has {self.max_positions} positions")
+        self.rotary.angles(ctx)
         return ctx
 
 
