@@ -54,7 +54,7 @@ def step_of(args: argparse.Namespace, model: Any, ops: Any, mode: str) -> Callab
     run_blocks = runner_for(list(model.blocks.values()), run)
 
     def step(ids: Tensor) -> None:
-        ctx = Context.build(ids)
+        ctx = model.prepare_context(Context.build(ids))
         ops.prepare(ctx)
         run_blocks(model.embed(ids, ctx), ctx).sum().backward()
 

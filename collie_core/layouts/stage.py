@@ -76,8 +76,11 @@ class Stage(nn.Module):
         resolved["compile"] = self.compiled = compiled
         blocks = list(self.blocks.values())
         if compiled:
+            # in a pipeline several rows of different lengths are alive: what recomputes one must be the graph
+            # that computed it, so there may be but one
+            several = self.total > len(blocks) and train.activation_checkpointing != "none"
             for block in blocks:
-                block.compile()
+                block.compile(dynamic=True if several else None)
         self.run_blocks = runner_for(blocks, self.run, agree, self.begin, self.total) if training else None
 
     def forward(self, batch: MicroBatch, h: Tensor | None = None, custom: bool = True) -> Tensor:

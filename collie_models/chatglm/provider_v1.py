@@ -87,14 +87,23 @@ class ChatGLMForCausalLM(Decoder):
             )
         visible = ~mask.to(input_ids.device)
         tokens = visible[:, 0, -1]
-        ctx = self.prepare_context(Context.build(input_ids, tokens))
+        ctx = self._with_prefix(Context.build(input_ids, tokens))
         expected = dense_mask(ctx, size, size)
         if bool((visible != expected)[:, 0][tokens].any()):
             raise UserError("attention_mask: hides other tokens than ChatGLM-6B's prefix and order do")
         return tokens
 
     def prepare_context(self, ctx: Context) -> Context:
-        """Positions (B, 2, S) and the prefix, record by record in packed rows.
+        """Positions (B, 2, S), their rotary angles and the prefix, record by record in packed rows.
+
+        Raises UserError for given positions of another shape.
+        """
+        ctx = self._with_prefix(ctx)
+        self.rotary.angles(ctx)
+        return ctx
+
+    def _with_prefix(self, ctx: Context) -> Context:
+        """Positions and the prefix.
 
         A record without <sop> is all answer, and has no prefix.
         Raises UserError for given positions of another shape.
@@ -121,7 +130,6 @@ class ChatGLMForCausalLM(Decoder):
             first = torch.where(answer, masked, place) - begin
             second = torch.where(answer, place - sop + 1, 0)
             made = replace(made, positions=torch.stack((first, second), 1))
-        self.rotary.angles(made)  # outside the blocks, as `Decoder` does
         return made
 
     def next_positions(self, positions: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ class Decoder(CausalLM):
     def __init__(self, config: DecoderConfig, ops: Ops) -> None:
         super().__init__()
         block = BLOCKS[config.residual]
-        self.max_positions, self.rotary = config.max_positions, config.rotary
+        self.max_positions = config.max_positions
+        self.rotary = config.rotary
         self.embed = Embedding(config)
         self.blocks = nn.ModuleDict({str(index): block(config, ops) for index in range(config.num_layers)})
         self.head = Head(config)
@@ -61,10 +62,10 @@ class Decoder(CausalLM):
             self.head.lm_head.weight = self.embed.tokens.weight
 
     def prepare_context(self, ctx: Context) -> Context:
-        """Refuse rows that are longer than the model has positions; records of packed rows are not looked at.
+        """Memoise the rotary angles, outside the blocks, so that all blocks compile to one graph.
 
-        Angles are memoised here, outside the blocks, so that all blocks compile to one graph.
-        Raises UserError.
+        Raises UserError for rows that are longer than the model has positions; records of packed rows are
+        not looked at.
         """
         length = ctx.input_ids.shape[1]
         if ctx.segments is None and self.max_positions is not None and length > self.max_positions:

@@ -69,7 +69,7 @@ def outcome(
     run_blocks, host = runner_for(blocks, run), []
     for _ in range(steps):
         model.zero_grad(set_to_none=True)
-        ctx = context(packed)
+        ctx = model.prepare_context(context(packed))
         ops.prepare(ctx)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -123,7 +123,7 @@ def test_a_graph_that_is_dropped_gives_its_buffers_back() -> None:
     model, _ = make()
     run_blocks = Offloaded(list(model.blocks.values()), CUDA)
     for _ in range(3):
-        ctx = context(True)
+        ctx = model.prepare_context(context(True))
         out = run_blocks(model.embed(ctx.input_ids, ctx), ctx)
         del out
     assert run_blocks.host_bytes == (LAYERS - 1) * ROWS * LENGTH * WIDTH * 2

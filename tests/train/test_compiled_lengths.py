@@ -40,7 +40,9 @@ def test_a_run_of_many_lengths_compiles_twice(
     records = [{"tokens": list(range(3, 3 + n)), "labels": list(range(3, 3 + n))} for n in lengths]
     graphs = Graphs()
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend=graphs))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend=graphs, **how)
+    )
     runs = []
     for compiled in (False, True):
         torch._dynamo.reset()
