@@ -243,5 +243,6 @@ def test_a_run_that_compiles_nothing_imports_no_compiler(
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "run.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    environ = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
     assert done.returncode == 0, done.stderr
