@@ -156,11 +156,11 @@ def test_stock_peft_reads_the_adapter_on_a_base_that_bitsandbytes_quantised(
     stock: Any = Stock.from_pretrained(model, quantization_config=how, dtype=torch.float32)
     ours = AutoModelForCausalLM.from_pretrained(adapter)
     compared = 0
-    modules: dict[str, Any] = dict(stock.model.layers.named_modules())
-    for name, module in modules.items():
+    for name, module in stock.model.layers.named_modules():
         if isinstance(module, Linear4bit):
             compared += 1
-            weight = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            packed: Any = module.weight
+            weight = bnb.dequantize_4bit(packed.data, packed.quant_state)
             own: Any = ours.get_submodule(f"blocks.{name.replace('self_attn', 'attention')}")
             assert torch.equal(weight, own.matrix(torch.float32)), name
     assert compared == 7 * len(stock.model.layers)
