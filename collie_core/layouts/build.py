@@ -34,7 +34,8 @@ class Placed:
     stages: this rank's stretches of it, in order.  parameters: those of the modules, by their names in the
     whole model.  shards: this rank's part of each, under the same names; frozen ones too.
     whole_shapes: shape of every parameter and persistent buffer of the whole model, in its order.
-    width, dtype: of the hidden states between stages.  zero: the parameters are sharded over dp.
+    width, dtype: of the hidden states between stages, where there are several.
+    zero: the parameters are sharded over dp.
     read_from: the checkpoint whose `model.*` tensors it still holds, if there is one.
     """
 

@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from collie_core.errors import UserError
-from collie_core.layouts import zero
 from collie_core.layouts.build import Placed, build, has_weights, read_from
 from collie_core.layouts.partition import partition
 from collie_core.layouts.stage import Stage
@@ -72,7 +70,7 @@ def place_parts(
     names = {name: slots.copies.get(name, name) for name in slots.tensors}
     shapes = {name: slots.tensors[name].shape for name in slots.tensors if names[name] == name}
     shards = whole_shards(model)
-    width, dtype = _hidden(model)
+    width, dtype = _hidden(model) if grid.pp.size > 1 else (0, torch.float32)
     plan = _plan(provider, run, adapters)
     if not given:
         check_ties(plan, names)
@@ -90,7 +88,8 @@ def place_parts(
     parameters = {
         names[name]: parameter for stage in stages for name, parameter in stage.named_parameters()
     }
-    run.shards = {name: _final(shards[name], parameters[name], grid) for name in parameters}
+    sharded = options.shards_parameters(grid.dp.size)
+    run.shards = {name: _final(shards[name], parameters[name], grid, sharded) for name in parameters}
     buffers = {name: buffer for stage in stages for name, buffer in persistent_buffers(stage).items()}
     if not given:
         pieces = {
@@ -99,7 +98,6 @@ def place_parts(
         pieces |= {name: Piece.of(buffer) for name, buffer in buffers.items()}
         load_pieces(pieces, rules, reader, slots.packings)
     initialise_added(run)
-    sharded = options.shards_parameters(grid.dp.size)
     return Placed(
         model,
         stages,
@@ -305,6 +303,9 @@ def _make_room(
 ) -> None:
     """ZeRO, and memory for what is on meta; the buffers that no checkpoint holds have their values then."""
     sharded = options.shards_parameters(grid.dp.size)
+    if sharded:
+        from collie_core.layouts import zero  # FSDP2 takes a second to import
+
     for stage in stages:
         if sharded:
             zero.shard(stage, grid, options)
@@ -321,9 +322,9 @@ def _make_room(
     reset_buffers(model, grid.device)
 
 
-def _final(shard: Shard, parameter: nn.Parameter, grid: Grid) -> Shard:
-    """The shard after ZeRO, with the memory that is updated."""
-    if not isinstance(parameter, DTensor):
+def _final(shard: Shard, parameter: Any, grid: Grid, sharded: bool) -> Shard:
+    """The shard after ZeRO, with the memory that is updated; `sharded`: the parameter is a DTensor."""
+    if not sharded:
         sums = shard.sums if grid.dp.group is None else (*shard.sums, grid.dp.group)
         return replace(shard, local=parameter, sums=sums, copies=shard.copies * grid.dp.size)
     local = nn.Parameter(parameter.to_local().detach(), requires_grad=parameter.requires_grad)

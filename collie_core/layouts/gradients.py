@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from collie_core.layouts.ties import part_of
 from collie_core.ops import norm_triton
@@ -231,7 +230,8 @@ class _Sum:
 
 def _local(gradient: Tensor) -> Tensor:
     """This rank's part of a gradient."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    part = getattr(gradient, "to_local", None)  # a DTensor's, which takes a second to import
+    return gradient if part is None else part()
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:

@@ -99,7 +99,8 @@ class AdaptedEmbedding(nn.Embedding):
     adapters: nn.ModuleDict
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        super().__init__(num_embeddings, embedding_dim, device="meta")
+        values = torch.empty(num_embeddings, embedding_dim, device="meta")
+        super().__init__(num_embeddings, embedding_dim, _weight=values)  # drawing none, as torch would
         self.adapters = nn.ModuleDict()
 
     def lookup(self, ids: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from collie_core.errors import UserError
@@ -22,7 +23,10 @@ class Embedding(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        values = torch.empty(config.vocab_size, config.hidden_size)
+        if not values.is_meta:  # there torch imports its compiler to draw nothing: a second of every start
+            nn.init.normal_(values)
+        self.tokens = nn.Embedding.from_pretrained(values, freeze=False)
 
     def forward(self, input_ids: Tensor, ctx: Context) -> Tensor:
         """input_ids (B, S) -> (B, S, E)."""

@@ -17,17 +17,23 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-#: what takes long to import and ranks need
+#: what takes long to import and ranks need, where it is installed
 PRELOADED = (
-    "collie_core.train.setup",
+    "collie_core.data.build",
     "collie_core.layouts.distribute",
+    "collie_core.layouts.native",
+    "collie_core.layouts.zero",
+    "collie_core.train.loop",
+    "collie_core.train.output",
+    "collie_core.train.setup",
+    "peft",  # with bitsandbytes, which compiles when it is imported
     "torch._dynamo",
     "torch._inductor.standalone_compile",
-    "torch.distributed.fsdp",
     "transformers.tokenization_utils_tokenizers",
 )
 
@@ -253,7 +259,8 @@ def main(job: Path) -> None:
 def serve() -> None:
     """Fork the ranks of each job that a line of the standard input describes; print their exit statuses."""
     for module in PRELOADED:
-        importlib.import_module(module)
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(module)
     for line in sys.stdin:
         order = json.loads(line)
         ranks = {_fork(order, rank): rank for rank in range(order["size"])}

@@ -82,7 +82,7 @@ def test_a_piece_is_packed_as_it_lies_in_the_whole(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_declared_bytes_are_those_of_packed_weights(kind: str) -> None:
     [declared] = [method.weights for method in methods() if method.name == kind]
-    plugin = Registry().load("adapter", kind).cls
+    plugin: Any = Registry().load("adapter", kind).cls
     sizes = get_args(get_type_hints(plugin.Options)["block_size"])
     assert len(declared) == len(sizes)
     for options, size in declared.items():
@@ -159,8 +159,9 @@ def test_stock_peft_reads_the_adapter_on_a_base_that_bitsandbytes_quantised(
     for name, module in stock.model.layers.named_modules():
         if isinstance(module, Linear4bit):
             compared += 1
-            weight = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            own = ours.get_submodule(f"blocks.{name.replace('self_attn', 'attention')}")
+            packed: Any = module.weight
+            weight = bnb.dequantize_4bit(packed.data, packed.quant_state)
+            own: Any = ours.get_submodule(f"blocks.{name.replace('self_attn', 'attention')}")
             assert torch.equal(weight, own.matrix(torch.float32)), name
     assert compared == 7 * len(stock.model.layers)
     peft: Any = PeftModel.from_pretrained(stock, str(adapter)).eval()

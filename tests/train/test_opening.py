@@ -6,11 +6,14 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from training_helpers import StopAt, config, largest_difference, losses, weights
 
 from collie_core import AutoModelForCausalLM, Trainer
@@ -226,3 +229,20 @@ def test_what_each_stretch_of_a_pipeline_recomputes_is_its_own(tiny_llama: Path,
         run_blocks(torch.ones(1, 3, requires_grad=True), None).sum().backward()  # type: ignore[arg-type]
         calls.append(Block.calls)
     assert calls == [4, 3, 2]
+
+
+def test_a_run_that_compiles_nothing_imports_no_compiler(
+    tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    changes = {"optimizer": {"name": "lomo", "lr": 0.01}, "train": {"max_steps": 1, "compile": False}}
+    run = config(tiny_llama, data_file, tmp_path / "out", **changes)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.to_mapping()))
+    code = (
+        "import sys; from collie_core.cli.main import main; assert main(['train', sys.argv[1]]) == 0; "
+        "heavy = {'torch._dynamo', 'torch.distributed.fsdp', 'torch.distributed.tensor'}; "
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run.yaml")]
+    environ = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr
