@@ -142,11 +142,7 @@ def documents(size: Size, seed: int) -> Iterator[dict[str, str]]:
     stated = [kind for kind in KINDS if KINDS[kind](10, rng).statements]
     for _ in range(size.documents):
         drawn = (_draw(rng.choice(stated), size.numbers, rng, False) for _ in range(size.length // 7))
-        yield {
-            "text": " ".join(
-                rng.choice([*one.statements, f"{one.prompts[0]} {one.answer} ."]) for one in drawn
-            )
-        }
+        yield {"text": " ".join(question.plain(rng) for question in drawn)}
 
 
 def chat(question: Question, rng: random.Random) -> dict[str, Any]:
@@ -182,7 +178,7 @@ def make_tokenizer(size: Size, seed: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)]
     )
-    rng, texts = random.Random(seed), ["User : Assistant :"]
+    rng, texts = random.Random(seed), ["User : Assistant : A : The answer is"]
     for _ in range(200):
         for kind in KINDS.values():
             question = kind(size.numbers, rng)
