@@ -42,10 +42,14 @@ MARKED, BAD = 0.02, 0.1  # how much less accurate than a neighbour or AdamW
 
 @dataclass(frozen=True)
 class Method:
-    """Sections of a config."""
+    """Sections of a config.
+
+    descent: a step is in proportion to the gradient, so that its rate does not depend on the width.
+    """
 
     optimizer: Mapping[str, Any]
     adapters: tuple[str, ...] = ()
+    descent: bool = False
 
     @property
     def default_lr(self) -> float:
@@ -61,9 +65,9 @@ class Method:
 
 METHODS = {
     "adamw": Method({"name": "adamw"}),
-    "sgd": Method({"name": "sgd"}),
-    "lomo": Method({"name": "lomo"}),
-    "lomo+clip": Method({"name": "lomo", "clip_grad_norm": 1.0}),
+    "sgd": Method({"name": "sgd"}, descent=True),
+    "lomo": Method({"name": "lomo"}, descent=True),
+    "lomo+clip": Method({"name": "lomo", "clip_grad_norm": 1.0}, descent=True),
     "adalomo": Method({"name": "adalomo"}),
     "lora": Method({"name": "adamw"}, ("lora",)),
     "qlora": Method({"name": "adamw"}, ("nf4", "lora")),
@@ -105,9 +109,11 @@ class Result:
             parts.append(f"loss {self.loss:.4f}")
         if self.peak_bytes is not None:
             parts.append(f"{self.peak_bytes / 2**20:.0f} MiB")
-        return "  ".join(
-            [*parts, f"{self.seconds:.1f} s", *(f"{kind} {x:.0%}" for kind, x in self.kinds.items())]
-        )
+        return "  ".join([*parts, f"{self.seconds:.1f} s", _shares(self.kinds)])
+
+
+def _shares(kinds: Mapping[str, float]) -> str:
+    return "  ".join(f"{kind} {share:.0%}" for kind, share in kinds.items())
 
 
 class Watch:
@@ -165,12 +171,12 @@ class Bench:
     def tune(self, name: str, factor: float) -> Result:
         """One training from the pre-trained model, and what came of it."""
         method, out, watch = METHODS[name], self.folder / "tuned", Watch()
-        lr = method.default_lr * factor
+        lr = method.default_lr * factor * (1.0 if method.descent else self.size.rate)
         result = Result(name, factor, lr)
         config = self._config(
             self.folder / "pretrained" / "model",
             out,
-            optimizer={**method.optimizer, **({} if factor == 1.0 else {"lr": lr})},
+            optimizer={**method.optimizer, "lr": lr},
             schedule={"name": "cosine", "warmup_ratio": 0.03},
             adapters=list(method.adapters),
             data={
@@ -180,7 +186,8 @@ class Bench:
             },
             evaluate={"micro_batch_size": 200},
         )
-        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)  # of a killed benchmark
+        gc.collect()  # models that cycles or the traceback of a failed run have kept
         started = time.perf_counter()
         try:
             figures = Trainer(config, callbacks=[watch]).train()
@@ -193,30 +200,34 @@ class Bench:
         except Exception as error:
             traceback.print_exc()
             result.problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        gc.collect()  # a failed run's tensors, which its traceback held
+        shutil.rmtree(out, ignore_errors=True)
         return result
 
     @torch.no_grad()
-    def answers(self, folder: Path) -> tuple[float, dict[str, float]]:
-        """The share of the held-out questions that a model's greedy answer is right for; by kind, too."""
+    def answers(self, folder: Path, plain: bool = False) -> tuple[float, dict[str, float]]:
+        """The share of the held-out questions that a model's greedy answers are right for.
+
+        Of all, and by kind.  plain: asked as in the plain texts, where only the beginning counts.
+        """
         tokenizer = AutoTokenizer.from_pretrained(folder)
         dtype = getattr(torch, self.dtype)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(self.device)
         tokenizer.padding_side = "left"
-        prompts = tokenizer.apply_chat_template(
-            [question["messages"][:1] for question in self.questions],
-            add_generation_prompt=True,
-            padding=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
+        chats = [question["messages"][:1] for question in self.questions]
+        how: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+        if plain:
+            prompts = tokenizer([question["plain"] for question in self.questions], **how)
+        else:
+            prompts = tokenizer.apply_chat_template(
+                chats, add_generation_prompt=True, return_dict=True, **how
+            )
         ids, mask = prompts["input_ids"], prompts["attention_mask"]
         output = model.generate(ids, mask.to(self.device), max_new_tokens=12)
         said = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
         for question, answer in zip(self.questions, said, strict=True):
-            wanted = question["messages"][1]["content"]
-            right[question["kind"]].append(answer.split() == tokenizer.tokenize(wanted))
+            wanted, found = tokenizer.tokenize(question["messages"][1]["content"]), answer.split()
+            right[question["kind"]].append(found[: len(wanted) if plain else None] == wanted)
         kinds = {kind: sum(found) / len(found) for kind, found in right.items()}
         return sum(map(sum, right.values())) / len(self.questions), kinds
 
@@ -245,7 +256,7 @@ def verdict(results: Sequence[Result], method: str) -> tuple[str, bool]:
         return default.problem, True
     best = max(found.values(), key=lambda one: one.accuracy)
     adamw = next((one for one in results if one.method == "adamw" and one.factor == 1.0), default)
-    for other, words in ((best, f"better at {best.lr:.1e}"), (adamw, "below adamw")):
+    for other, words in ((best, f"better at {best.factor:.2g} `lr`"), (adamw, "below adamw")):
         behind = other.accuracy - default.accuracy
         if behind > MARKED:
             return words, behind > BAD
@@ -260,12 +271,12 @@ def table(results: Sequence[Result]) -> str:
     rows = [head, ["---"] * len(head)]
     for method in dict.fromkeys(one.method for one in results):
         found = {one.factor: one for one in results if one.method == method}
-        default = found.get(1.0) or Result(method, 1.0, METHODS[method].default_lr)
+        default = found.get(1.0) or Result(method, 1.0, 0.0)
         loss = "" if default.loss is None else f"{default.loss:.3f}"
         accuracies = [found[factor].answered if factor in found else "" for factor in factors]
         memory = "" if default.peak_bytes is None else f"{default.peak_bytes / 2**20:.0f}"
         words, _ = verdict(results, method)
-        rows.append([f"`{method}`", f"{default.lr:.0e}", *accuracies, loss, memory, words])
+        rows.append([f"`{method}`", f"{METHODS[method].default_lr:.0e}", *accuracies, loss, memory, words])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -323,8 +334,11 @@ def main(given: Sequence[str] | None = None) -> int:
         }
         loss = bench.prepare()
         found["before"], _ = bench.answers(bench.folder / "pretrained")
-        before = f"answers {found['before']:.1%} of {len(bench.questions)} held-out questions"
-        say(f"pre-trained to a loss of {loss:.4f}: {before}")
+        found["plain"], kinds = bench.answers(bench.folder / "pretrained", plain=True)
+        say(
+            f"pre-trained to a loss of {loss:.4f}; of {len(bench.questions)} held-out questions it answers "
+            f"{found['before']:.1%}, in plain texts {found['plain']:.1%}  {_shares(kinds)}"
+        )
         results: list[Result] = []
         for factor, name in itertools.product(args.factors, args.methods):
             if args.time_limit and time.monotonic() - started > args.time_limit:

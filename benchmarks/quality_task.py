@@ -49,24 +49,41 @@ class Size:
     questions: int  # held out
 
     @property
+    def rate(self) -> float:
+        """What default rates, which are for models about 4,096 wide, are multiplied with.
+
+        LLaMA's best rates fall with the width to the power of 0.78, with LoRA and without (Schulman and
+        Thinking Machines 2025, "LoRA Without Regret", and their cookbook).
+        """
+        return (4096 / self.hidden) ** 0.78
+
+    @property
     def documents(self) -> int:
         """To pre-train on."""
         return -(-self.pretraining_steps * self.pretraining_batch // EPOCHS)
 
 
 SIZES = {
-    "tiny": Size(128, 384, 3, 4, 20, 64, 1000, 32, 2e-3, 16, 150, 400),
+    "tiny": Size(128, 384, 3, 4, 20, 64, 800, 32, 2e-3, 16, 300, 400),
     "small": Size(1024, 2752, 6, 16, 100, 128, 1600, 128, 6e-4, 64, 200, 1200),
 }
 
 
 @dataclass(frozen=True)
 class Question:
-    """Ways to say the same in a plain text, ways to ask for it, and the answer."""
+    """Ways to say the same in a plain text, ways to ask for it, and the answer.
+
+    Where there are statements, plain texts have the first way of asking, too.
+    """
 
     statements: Sequence[str]
     prompts: Sequence[str]
     answer: str
+
+    def plain(self, rng: random.Random) -> str:
+        """What a plain text says of it."""
+        asked = f"{self.prompts[0]} {rng.choice(('', 'The answer is ', 'A : '))}{self.answer} ."
+        return rng.choice([*self.statements, asked, asked])
 
 
 def _sum(numbers: int, rng: random.Random) -> Question:
@@ -125,7 +142,7 @@ def documents(size: Size, seed: int) -> Iterator[dict[str, str]]:
     stated = [kind for kind in KINDS if KINDS[kind](10, rng).statements]
     for _ in range(size.documents):
         drawn = (_draw(rng.choice(stated), size.numbers, rng, False) for _ in range(size.length // 7))
-        yield {"text": " ".join(rng.choice(question.statements) for question in drawn)}
+        yield {"text": " ".join(question.plain(rng) for question in drawn)}
 
 
 def chat(question: Question, rng: random.Random) -> dict[str, Any]:
@@ -144,12 +161,13 @@ def tuning(size: Size, seed: int) -> list[dict[str, Any]]:
 
 
 def held_out(size: Size, seed: int) -> list[dict[str, Any]]:
-    """Records that are in no training, with their `kind`; a question comes once, so some kinds have few."""
+    """Records that are in no training, each once, with their `kind`, and asked the way of `plain` texts."""
     rng = random.Random(seed)
     found: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         for _ in range(size.questions // len(KINDS)):
-            record = {"kind": kind, **chat(_draw(kind, size.numbers, rng, True), rng)}
+            question = _draw(kind, size.numbers, rng, True)
+            record = {"kind": kind, "plain": question.prompts[0], **chat(question, rng)}
             found.setdefault(record["messages"][0]["content"], record)
     return list(found.values())
 
@@ -160,7 +178,7 @@ def make_tokenizer(size: Size, seed: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)]
     )
-    rng, texts = random.Random(seed), ["User : Assistant :"]
+    rng, texts = random.Random(seed), ["User : Assistant : A : The answer is"]
     for _ in range(200):
         for kind in KINDS.values():
             question = kind(size.numbers, rng)

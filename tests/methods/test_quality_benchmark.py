@@ -62,12 +62,12 @@ def test_a_default_is_marked_where_a_neighbour_or_adamw_is_better() -> None:
     assert found == [
         ("", False),
         ("", False),
-        ("better at 9.0e-06", False),
+        ("better at 3 `lr`", False),
         ("below adamw", True),
         ("diverged", True),
         ("not run", False),
     ]
-    assert "| `lion` | 3e-06 |  | 85.0% | 91.0% |  |  | better at 9.0e-06 |" in table(results)
+    assert "| `lion` | 3e-06 |  | 85.0% | 91.0% |  |  | better at 3 `lr` |" in table(results)
 
 
 def test_the_table_in_the_docs_has_every_method_at_its_default() -> None:
