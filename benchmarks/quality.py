@@ -165,7 +165,7 @@ class Bench:
         )
         config.train.micro_batch_size, config.train.epochs = size.pretraining_batch, EPOCHS
         watch = Watch()
-        Trainer(config, callbacks=[watch]).train()
+        _train(config, watch)
         return watch.loss
 
     def tune(self, name: str, factor: float) -> Result:
@@ -190,10 +190,10 @@ class Bench:
         gc.collect()  # models that cycles or the traceback of a failed run have kept
         started = time.perf_counter()
         try:
-            figures = Trainer(config, callbacks=[watch]).train()
+            figures = _train(config, watch)
             result.seconds = time.perf_counter() - started
             result.lr, result.peak_bytes = watch.lr, watch.peak_bytes
-            result.loss = figures.evaluation["perplexity/loss"]
+            result.loss = figures["perplexity/loss"]
             result.accuracy, result.kinds = self.answers(out)
         except RunFailed:
             result.problem = "diverged"
@@ -244,6 +244,14 @@ class Bench:
             seed=self.seed,
             **sections,
         )
+
+
+def _train(config: CollieConfig, watch: Watch) -> dict[str, float]:
+    """The last evaluation.  A signal that ended the run ends the benchmark."""
+    result = Trainer(config, callbacks=[watch]).train()
+    if result.signal is not None:
+        sys.exit(128 + result.signal)
+    return result.evaluation
 
 
 def verdict(results: Sequence[Result], method: str) -> tuple[str, bool]:

@@ -167,7 +167,7 @@ def held_out(size: Size, seed: int) -> list[dict[str, Any]]:
     for kind in KINDS:
         for _ in range(size.questions // len(KINDS)):
             question = _draw(kind, size.numbers, rng, True)
-            record = {"kind": kind, "plain": question.prompts[0], **chat(question, rng)}
+            record = {"kind": kind, "plain": f"{question.prompts[0]} A :", **chat(question, rng)}
             found.setdefault(record["messages"][0]["content"], record)
     return list(found.values())
 
