@@ -56,7 +56,8 @@ class Method:
         """The rate of a run whose config names none."""
         registry = Registry()
         optimizer: Any = registry.load("optimizer", self.optimizer["name"]).cls
-        lr: float = optimizer.default_lr
+        clipped = "clip_grad_norm" in self.optimizer and hasattr(optimizer, "default_lr_clipped")
+        lr: float = optimizer.default_lr_clipped if clipped else optimizer.default_lr
         adapters: list[Any] = [registry.load("adapter", name).cls for name in self.adapters]
         return lr * min(
             (cls.default_lr_factor for cls in adapters if hasattr(cls, "default_lr_factor")), default=1.0

@@ -100,7 +100,11 @@ class ModelProvider(Protocol):
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """Updates parameters, either after the backward pass (`step`) or inside it (`update`)."""
+    """Updates parameters, either after the backward pass (`step`) or inside it (`update`).
+
+    A plugin may state `default_lr`, the learning rate of a run whose config has none, and
+    `default_lr_clipped`, that of one with `clip_grad_norm`.
+    """
 
     @property
     def in_backward(self) -> bool:

@@ -266,7 +266,10 @@ def _base_lr(run: Run, plugins: RunPlugins) -> float:
     """The config's learning rate, or the optimizer's own, times the least factor that an adapter states."""
     if run.config.optimizer.lr is not None:
         return run.config.optimizer.lr
-    default: float | None = getattr(plugins.of_kind("optimizer")[0].instance, "default_lr", None)
+    optimizer = plugins.of_kind("optimizer")[0].instance
+    default: float | None = getattr(optimizer, "default_lr", None)
+    if run.config.optimizer.clip_grad_norm is not None:
+        default = getattr(optimizer, "default_lr_clipped", default)
     if default is None:
         message = f"is required: optimizer {run.config.optimizer.name!r} has no default learning rate"
         raise run.config.problems(ConfigProblems([(("optimizer", "lr"), message)]))

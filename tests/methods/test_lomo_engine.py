@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,6 +79,19 @@ def test_settings_reach_the_optimizer(tmp_path: Path) -> None:
 
 def test_each_has_its_own_default_rate() -> None:
     assert (LomoPlugin.default_lr, AdaLomoPlugin.default_lr) == (1e-2, 5e-4)
+
+
+@pytest.mark.parametrize(("clip", "lr"), [(None, 1e-2), (1.0, 3e-2)])
+def test_clipped_steps_have_a_default_rate_of_their_own(
+    clip: float | None, lr: float, tmp_path: Path, tiny_llama: Path, data_file: Path
+) -> None:
+    optimizer = {"name": "lomo", "clip_grad_norm": clip}
+    train = {"max_steps": 1}
+    Trainer(
+        config(tiny_llama, data_file, tmp_path / "run", optimizer=optimizer, schedule="constant", train=train)
+    ).train()
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["lr"] == lr
 
 
 def test_importing_the_plugins_imports_no_torch() -> None:
