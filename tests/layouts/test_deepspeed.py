@@ -86,6 +86,7 @@ class Runs:
         return self.folder / name
 
 
+LORA = {"adapters": [{"name": "lora", "r": 4}]}
 NO_CPU_ADAM = {"zero_force_ds_cpu_optimizer": False}
 CASES: dict[str, dict[str, Any]] = {
     **{f"zero{stage}": deepspeed(stage) for stage in range(4)},
@@ -115,6 +116,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, data: Path)
     native = [
         {**one("native"), "prompt": PROMPT},
         one("native_bf16", model={"dtype": "bfloat16"}),
+        one("native_lora", **LORA),
         {**one("alone", layout={"name": "deepspeed", "zero_stage": 2})},
         {**one("alone_again", layout={"name": "deepspeed", "zero_stage": 3})},
         one("native_afterwards"),
@@ -127,6 +129,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, data: Path)
     for stage in (2, 3):
         jobs.append(one(f"bf16_{stage}", model={"dtype": "bfloat16"}, **deepspeed(stage)))
     for stage in (0, 2, 3):
+        jobs.append(one(f"lora{stage}", **LORA, **deepspeed(stage)))
         poisoned = one(f"nan{stage}", train={"on_nan": "skip"}, data={"eval": None}, **deepspeed(stage))
         jobs.append({**poisoned, "nan_at": 2})
     lines = run(folder, jobs, 2)
@@ -160,6 +163,11 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 def test_training_equals_one_native_process(runs: Runs, name: str) -> None:
     assert max(line["grad_norm"] for line in metrics(runs["native"])) > 0.5  # it is clipped
     assert_equal_runs(runs["native"], runs[name])
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_adapters_train_as_on_one_native_process(runs: Runs, stage: int) -> None:
+    assert_equal_runs(runs["native_lora"], runs[f"lora{stage}"])
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
