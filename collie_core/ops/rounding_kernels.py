@@ -43,6 +43,15 @@ def _number(number, pointer):
     return number
 
 
+@triton.jit
+def _true_gradient(place, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer):
+    """What `optimizers.gradients.scaled_gradient` says of the elements at `place`."""
+    g = tl.load(place, inside, 0.0).to(tl.float32) * (1.0 / loss_scale)
+    if clip_value is not None:
+        g = tl.minimum(tl.maximum(g, -clip_value), clip_value)
+    return g * _number(grad_scale, grad_scale_pointer)
+
+
 @triton.jit(do_not_specialize=_SCALARS)
 def round_to(target, value, starts, numel, length, origin, key, BLOCK: tl.constexpr):
     first, offset, inside = _piece(numel, BLOCK)
@@ -75,10 +84,8 @@ def descend(
     if tl.load(finite):
         first, offset, inside = _piece(numel, BLOCK)
         old = tl.load(target + first + offset, inside).to(tl.float32)
-        change = tl.load(direction + first + offset, inside).to(tl.float32) * (1.0 / loss_scale)
-        if clip_value is not None:
-            change = tl.minimum(tl.maximum(change, -clip_value), clip_value)
-        change *= _number(grad_scale, grad_scale_pointer)
+        place = direction + first + offset
+        change = _true_gradient(place, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer)
         new = old * (1.0 - _number(decay, decay_pointer)) - _number(rate, rate_pointer) * change
         if STOCHASTIC:
             counter = _counter(first, offset, starts, length, origin, inside)

@@ -64,9 +64,9 @@ def descend(
             target,
             direction,
             finite,
-            *_number(rate),
-            *_number(decay),
-            *_number(grad_scale),
+            *number(rate),
+            *number(decay),
+            *number(grad_scale),
             float(loss_scale),
             clip_value,
             place.starts,
@@ -79,7 +79,7 @@ def descend(
         )
 
 
-def _number(value: float | Tensor) -> tuple[float, Tensor | None]:
+def number(value: float | Tensor) -> tuple[float, Tensor | None]:
     """(number, 0-d tensor to read it from instead)."""
     return (0.0, value) if isinstance(value, Tensor) else (float(value), None)
 

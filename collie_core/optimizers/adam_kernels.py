@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from collie_core.ops.rounding_kernels import _counter, _number, _piece, _stochastic_bfloat16
+from collie_core.ops.rounding_kernels import _counter, _piece, _stochastic_bfloat16, _true_gradient
 
 _SCALARS = ["rate", "decay", "grad_scale", "numel", "length", "origin", "key", "average_origin"]
 _SCALARS += ["average_key", "square_origin", "square_key"]
@@ -52,10 +52,8 @@ def adamw(
         # 1 - beta^t: the difference itself would lose digits while beta^t is close to 1
         step_size = rate / -libdevice.expm1(steps * log_beta1)
         correction = 1.0 / -libdevice.expm1(steps * log_beta2)
-        g = tl.load(gradient + first + offset, inside, 0.0).to(tl.float32) * (1.0 / loss_scale)
-        if clip_value is not None:
-            g = tl.minimum(tl.maximum(g, -clip_value), clip_value)
-        g *= _number(grad_scale, grad_scale_pointer)
+        place = gradient + first + offset
+        g = _true_gradient(place, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer)
         old = tl.load(target + first + offset, inside, 0.0).to(tl.float32)
         m = tl.load(average + first + offset, inside, 0.0).to(tl.float32)
         v = tl.load(square + first + offset, inside, 0.0).to(tl.float32)

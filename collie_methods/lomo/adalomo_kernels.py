@@ -8,7 +8,7 @@ A tile is ROWS x COLUMNS elements of a matrix.
 import triton
 import triton.language as tl
 
-from collie_core.ops.rounding_kernels import _counter, _number, _stochastic_bfloat16
+from collie_core.ops.rounding_kernels import _counter, _number, _stochastic_bfloat16, _true_gradient
 
 
 @triton.jit
@@ -21,11 +21,9 @@ def _tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _true_gradient(gradient, offset, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer):
-    g = tl.load(gradient + offset, inside, 0.0).to(tl.float32) * (1.0 / loss_scale)
-    if clip_value is not None:
-        g = tl.minimum(tl.maximum(g, -clip_value), clip_value)
-    return g * _number(grad_scale, grad_scale_pointer)
+def _update(g, by_row, by_column, r, c, rows, columns):
+    """U of a tile of the gradient."""
+    return g * tl.load(by_row + r, r < rows)[:, None] * tl.load(by_column + c, c < columns)[None, :]
 
 
 @triton.jit(do_not_specialize=["grad_scale"])
@@ -43,9 +41,8 @@ def moments(
     COLUMNS: tl.constexpr,
 ):
     r, c, first, offset, inside = _tile(rows, columns, ROWS, COLUMNS)
-    g = _true_gradient(
-        gradient + first, offset, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer
-    )
+    place = gradient + first + offset
+    g = _true_gradient(place, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer)
     square = g * g
     tl.store(of_rows + tl.program_id(1) * rows + r, tl.sum(square, 1), r < rows)
     tl.store(of_columns + tl.program_id(0) * columns + c, tl.sum(square, 0), c < columns)
@@ -69,15 +66,13 @@ def squares(
     COLUMNS: tl.constexpr,
 ):
     r, c, first, offset, inside = _tile(rows, columns, ROWS, COLUMNS)
-    g = _true_gradient(
-        gradient + first, offset, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer
-    )
-    u = g * tl.load(by_row + r, r < rows)[:, None] * tl.load(by_column + c, c < columns)[None, :]
-    u = tl.where(inside, u, 0.0)
+    place = gradient + first + offset
+    g = _true_gradient(place, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer)
+    u = tl.where(inside, _update(g, by_row, by_column, r, c, rows, columns), 0.0)
     p = tl.load(target + first + offset, inside, 0.0).to(tl.float32)
-    place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(of_update + place, tl.sum(tl.sum(u * u, 1), 0))
-    tl.store(of_target + place, tl.sum(tl.sum(p * p, 1), 0))
+    tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(of_update + tile, tl.sum(tl.sum(u * u, 1), 0))
+    tl.store(of_target + tile, tl.sum(tl.sum(p * p, 1), 0))
 
 
 @triton.jit(do_not_specialize=["grad_scale", "decay", "length", "origin", "key"])
@@ -106,10 +101,9 @@ def descend(
 ):
     if tl.load(finite):
         r, c, first, offset, inside = _tile(rows, columns, ROWS, COLUMNS)
-        g = _true_gradient(
-            gradient + first, offset, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer
-        )
-        u = g * tl.load(by_row + r, r < rows)[:, None] * tl.load(by_column + c, c < columns)[None, :]
+        place = gradient + first + offset
+        g = _true_gradient(place, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer)
+        u = _update(g, by_row, by_column, r, c, rows, columns)
         old = tl.load(target + first + offset, inside, 0.0).to(tl.float32)
         new = old * (1.0 - _number(decay, decay_pointer)) - tl.load(rate) * u
         if STOCHASTIC:

@@ -67,7 +67,7 @@ class Matrix:
         self._run(
             _kernels().descend,
             *(self.target, self.gradient, by_row, by_column, finite, rate),
-            *((0.0, decay) if isinstance(decay, Tensor) else (float(decay), None)),
+            *rounding_triton.number(decay),
             *self.target.shape,
             *self._scaling,
             *(place.starts, place.length, place.origin, place.key),
@@ -81,9 +81,7 @@ class Matrix:
 
     @property
     def _scaling(self) -> tuple[float, float | None, float, Tensor | None]:
-        pointer = self.grad_scale if isinstance(self.grad_scale, Tensor) else None
-        number = 0.0 if isinstance(self.grad_scale, Tensor) else float(self.grad_scale)
-        return float(self.loss_scale), self.clip_value, number, pointer
+        return float(self.loss_scale), self.clip_value, *rounding_triton.number(self.grad_scale)
 
     def _new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.target.device)
