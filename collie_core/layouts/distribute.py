@@ -38,7 +38,7 @@ from collie_core.together import gather
 if TYPE_CHECKING:
     from collie_core.hookspecs import Adapter, ModelProvider
     from collie_core.layouts.grid import Grid
-    from collie_core.layouts.native import NativeLayoutPlugin
+    from collie_core.layouts.options import NativeOptions
     from collie_core.models.weight_map import ParallelPlan
     from collie_core.ops import Ops
     from collie_core.run import Run
@@ -50,7 +50,7 @@ def place_parts(
     adapters: Sequence[Adapter],
     ops: Ops,
     grid: Grid,
-    options: NativeLayoutPlugin.Options,
+    options: NativeOptions,
     training: bool,
 ) -> Placed:
     """This rank's part of the model, with its weights.
@@ -119,7 +119,7 @@ def check_sizes(
     provider: ModelProvider,
     adapters: Sequence[Adapter],
     grid: Grid,
-    options: NativeLayoutPlugin.Options,
+    options: NativeOptions,
 ) -> None:
     """Raises ConfigError where the sizes do not fit the complete module, which may be on meta."""
     plan = _plan(provider, run, adapters)
@@ -173,7 +173,7 @@ def _tensor_parallel(
     plan: ParallelPlan,
     shards: dict[str, Shard],
     grid: Grid,
-    options: NativeLayoutPlugin.Options,
+    options: NativeOptions,
 ) -> TensorParallel | None:
     """Cut the layers, if there are ranks to share them."""
     if grid.tp.size == 1:
@@ -200,7 +200,7 @@ def _vocabulary(
     return Vocabulary(tp.group, shards[names[heads[0]]].offsets[0], size, -(-size // tp.size))
 
 
-def _stretches(model: Any, grid: Grid, options: NativeLayoutPlugin.Options) -> list[range]:
+def _stretches(model: Any, grid: Grid, options: NativeOptions) -> list[range]:
     """The blocks of each stretch of the pipeline, by the sizes of the complete model."""
     sizes = [unpacked_size(block) for block in model.blocks.values()]
     total = grid.pp.size * options.stretches(grid.pp.size)
@@ -299,7 +299,7 @@ def _agreement(grid: Grid) -> Callable[[int], int]:
 
 
 def _make_room(
-    model: nn.Module, stages: Sequence[Stage], grid: Grid, options: NativeLayoutPlugin.Options, given: bool
+    model: nn.Module, stages: Sequence[Stage], grid: Grid, options: NativeOptions, given: bool
 ) -> None:
     """ZeRO, and memory for what is on meta; the buffers that no checkpoint holds have their values then."""
     sharded = options.shards_parameters(grid.dp.size)

@@ -8,14 +8,13 @@ from collie_core.config.checks import accumulation_steps, arithmetic
 
 if TYPE_CHECKING:
     from collie_core.config.schema import CollieConfig
-    from collie_core.layouts.native import NativeLayoutPlugin
+    from collie_core.layouts.options import NativeOptions
 
-    Options = NativeLayoutPlugin.Options
 
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def held(config: CollieConfig, options: Options) -> dict[str, str]:
+def held(config: CollieConfig, options: NativeOptions) -> dict[str, str]:
     """Text by topic: processes, weights, gradients, optimizer states, and the pipeline's micro-batches."""
     cut = _cut(config, options)
     said = {
@@ -34,7 +33,7 @@ def held(config: CollieConfig, options: Options) -> dict[str, str]:
     return said
 
 
-def _cut(config: CollieConfig, options: Options) -> int:
+def _cut(config: CollieConfig, options: NativeOptions) -> int:
     """Ranks among which a matrix is cut between steps."""
     zero = options.zero_stage > 0
     return config.tp_size * config.pp_size * (config.dp_size if zero else 1)
@@ -45,7 +44,7 @@ def _bytes(value: float) -> str:
     return f" ({value:.3g} bytes per parameter of the model)"
 
 
-def _weights(config: CollieConfig, options: Options) -> str:
+def _weights(config: CollieConfig, options: NativeOptions) -> str:
     parts = ["all of the model" if config.pp_size == 1 else f"those of one of {config.pp_size} stages"]
     if config.tp_size > 1:
         parts.append(f"1/{config.tp_size} of every matrix that the model's plan cuts, the rest whole")
@@ -58,7 +57,7 @@ def _weights(config: CollieConfig, options: Options) -> str:
     return ", ".join(parts) + _bytes(_WIDTH[config.model.dtype] / _cut(config, options))
 
 
-def _gradients(config: CollieConfig, options: Options) -> str:
+def _gradients(config: CollieConfig, options: NativeOptions) -> str:
     """At the update; sums over micro-batches or ranks are in fp32."""
     several, width = micro_batches(config, options) > 1, _WIDTH[config.model.dtype]
     if options.zero_stage == 0 or config.dp_size == 1:
@@ -74,7 +73,7 @@ def _gradients(config: CollieConfig, options: Options) -> str:
     return text + _bytes(width / _cut(config, options))
 
 
-def _fused(config: CollieConfig, options: Options) -> str:
+def _fused(config: CollieConfig, options: NativeOptions) -> str:
     if options.offload == "cpu":
         return "after the backward pass: gradients are on their way to host memory until then"
     if micro_batches(config, options) > 1:
@@ -82,13 +81,13 @@ def _fused(config: CollieConfig, options: Options) -> str:
     return "each gradient is freed at once, unless the norm is wanted in one pass"
 
 
-def micro_batches(config: CollieConfig, options: Options) -> int:
+def micro_batches(config: CollieConfig, options: NativeOptions) -> int:
     """Micro-batches of a full step on one rank."""
     rows = config.train.micro_batch_size * accumulation_steps(config)
     return min(rows, options.micro_batches(rows, config.train.micro_batch_size, config.pp_size))
 
 
-def _pipeline(config: CollieConfig, options: Options) -> str:
+def _pipeline(config: CollieConfig, options: NativeOptions) -> str:
     from collie_core.layouts.pipeline import actions, most_alive
 
     rows = config.train.micro_batch_size * accumulation_steps(config)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from collie_core.hookspecs import hookimpl
+from collie_core.layouts.options import NativeOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,43 +24,9 @@ class NativeLayoutPlugin:
 
     collie_api = 1
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options:
-        """Keys of `layout:`.
+    Options = NativeOptions
 
-        zero_stage: what data-parallel ranks share: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights
-        too.  pp_partition: blocks of each pipeline stage: balanced by parameters, as many for each, or their
-        numbers.  pp_microbatches: pieces of a rank's step batch in the pipeline; auto: of micro_batch_size
-        rows, at least pp_size.  pp_stretches: stretches of blocks a rank has under `interleaved`.
-        sequence_parallel: cut activations between tensor-parallel layers; auto: yes.
-        offload: `cpu` keeps weights, gradients and optimizer states in host memory; with zero_stage 3 the
-        device has the weights of one block at a time, also where there is one process.
-        """
-
-        zero_stage: Literal[0, 1, 2, 3] = 0
-        pp_schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
-        pp_partition: Literal["parameters", "uniform"] | tuple[int, ...] = "parameters"
-        pp_microbatches: Literal["auto"] | int = "auto"
-        pp_stretches: int = 2
-        sequence_parallel: Literal["auto"] | bool = "auto"
-        offload: Literal["none", "cpu"] = "none"
-
-        def stretches(self, pp_size: int) -> int:
-            """Stretches of blocks of a rank."""
-            return self.pp_stretches if self.pp_schedule == "interleaved" and pp_size > 1 else 1
-
-        def micro_batches(self, rows: int, micro_batch_size: int, pp_size: int) -> int:
-            """Pieces of a rank's `rows` of a step; only as many as it has rows are made."""
-            pieces = -(-rows // micro_batch_size)
-            if pp_size == 1:
-                return pieces
-            return max(pp_size, pieces) if self.pp_microbatches == "auto" else self.pp_microbatches
-
-        def shards_parameters(self, dp_size: int) -> bool:
-            """True where FSDP2 holds the parameters."""
-            return (self.zero_stage > 0 and dp_size > 1) or self.offload == "cpu"
-
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: NativeOptions) -> None:
         self.options = options
 
     @hookimpl
@@ -89,10 +55,10 @@ class NativeLayout:
     model: nn.Module
     optimizer: Optimizer | None
 
-    def __init__(self, run: Run, options: NativeLayoutPlugin.Options | None = None) -> None:
+    def __init__(self, run: Run, options: NativeOptions | None = None) -> None:
         from collie_core.layouts.grid import Grid
 
-        self.run, self.options = run, options or NativeLayoutPlugin.Options()
+        self.run, self.options = run, options or NativeOptions()
         self.optimizer = None
         self.needs_norm = False
         self.grid = Grid(run, self.options.shards_parameters(run.config.dp_size))
@@ -328,23 +294,18 @@ class NativeLayout:
 
     def _step(self, lr: float, norm: Tensor, finite: Tensor) -> None:
         """Unscale, clip and update for an optimizer that runs after the backward pass."""
+        from collie_core.optimizers.gradients import scaled_gradient
+
         assert self.optimizer is not None
         update_all = getattr(self.optimizer, "update_all", None)
         if update_all is not None:
             self.optimizer.begin_pass("update", lr, self.loss_scale.value, self._clip_factor(norm))
             update_all(self.gradients.kept(), finite)
             return
-        limit = self.run.config.optimizer.clip_grad_value
-        factor = self._clip_factor(norm)
-        changed = self.loss_scale.enabled or limit is not None or not isinstance(factor, float)
-        for _, parameter, gradient in self.gradients.kept() if changed else ():
-            # in fp32: fp16 would lose what the scale has saved, and bf16 would be rounded again
-            gradient = parameter.grad = gradient.float()
-            if self.loss_scale.enabled:
-                gradient.div_(self.loss_scale.value)
-            if limit is not None:
-                gradient.clamp_(-limit, limit)
-            gradient.mul_(factor)
+        limit, factor = self.run.config.optimizer.clip_grad_value, self._clip_factor(norm)
+        if self.loss_scale.enabled or limit is not None or not isinstance(factor, float):
+            for _, parameter, gradient in self.gradients.kept():
+                parameter.grad = scaled_gradient(gradient, self.loss_scale.value, factor, limit)
         self.optimizer.step(lr)
 
     def _figures(self, loss: float, norm: float, loss_finite: float, finite: float) -> dict[str, float]:

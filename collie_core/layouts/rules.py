@@ -10,11 +10,10 @@ from collie_core.errors import Refusal
 
 if TYPE_CHECKING:
     from collie_core.config.schema import CollieConfig
-    from collie_core.layouts.native import NativeLayoutPlugin
+    from collie_core.layouts.options import NativeOptions
 
-    Options = NativeLayoutPlugin.Options
-    Applies = Callable[[CollieConfig, Options], bool]
-    Instead = Callable[[CollieConfig, Options], dict[str, Any]]
+    Applies = Callable[[CollieConfig, NativeOptions], bool]
+    Instead = Callable[[CollieConfig, NativeOptions], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,11 @@ class Rule:
     instead: Instead | None = None
 
 
-def _stages(config: CollieConfig, options: Options) -> int:
+def _stages(config: CollieConfig, options: NativeOptions) -> int:
     return config.pp_size * options.stretches(config.pp_size)
 
 
-def _wrong_partition(config: CollieConfig, options: Options) -> bool:
+def _wrong_partition(config: CollieConfig, options: NativeOptions) -> bool:
     counts = options.pp_partition
     return not isinstance(counts, str) and (len(counts) != _stages(config, options) or min(counts) < 1)
 
@@ -111,7 +110,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def refusals(config: CollieConfig, options: Options) -> list[Refusal]:
+def refusals(config: CollieConfig, options: NativeOptions) -> list[Refusal]:
     """Every rule that refuses this config before the model is read."""
     return [
         Refusal(rule.keys, rule.reason, rule.instead(config, options), rule.advice)

@@ -21,11 +21,11 @@ from collie_core.models.buffers import made_buffers, persistent_buffers
 
 if TYPE_CHECKING:
     from collie_core.layouts.grid import Grid
-    from collie_core.layouts.native import NativeLayoutPlugin
+    from collie_core.layouts.options import NativeOptions
     from collie_core.layouts.stage import Stage
 
 
-def shard(stage: Stage, grid: Grid, options: NativeLayoutPlugin.Options) -> None:
+def shard(stage: Stage, grid: Grid, options: NativeOptions) -> None:
     """Cut every parameter of a stage among the data-parallel ranks.
 
     Each block is a unit, gathered when it runs; the rest of the stage is one more.
@@ -64,7 +64,7 @@ def shard(stage: Stage, grid: Grid, options: NativeLayoutPlugin.Options) -> None
             module.set_force_sum_reduction_for_comms(True)
 
 
-def allocate(stage: Stage, grid: Grid, options: NativeLayoutPlugin.Options) -> None:
+def allocate(stage: Stage, grid: Grid, options: NativeOptions) -> None:
     """Memory for the parameters, in host memory under offload, and for persistent buffers, on the device.
 
     Buffers that no checkpoint holds stay on meta, for the module to make them.
