@@ -12,9 +12,9 @@ from typing import Any
 
 import h200_peers
 import torch
-from h200_rows import MEAN_LENGTH, PEAK_FLOPS, SHAPES, Ours, Peer, Row
+from h200_rows import MEAN_LENGTH, Ours, Peer, Row
+from llama import PEAK_FLOPS, SHAPES, Ids, hf_config
 from torch import Tensor, nn
-from train_step import Ids
 
 from collie_core import CollieConfig, Trainer
 from collie_core.files import json_text
@@ -97,21 +97,6 @@ class Watch:
         self.windows.step(int(metrics["tokens"]))
 
 
-def hf_config(row: Row) -> dict[str, Any]:
-    """A LLaMA's config.json."""
-    return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "max_position_embeddings": max(2048, row.length),
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        **SHAPES[row.shape],
-    }
-
-
 def random_model(config: dict[str, Any], dtype: torch.dtype, device: str) -> nn.Module:
     """Our module as the Trainer builds it of a folder, but filled at random where it runs."""
     model = build_model(provider_for(config, None), select_ops(use_flash="auto", device=device))
@@ -142,7 +127,7 @@ def records_of(row: Row) -> list[list[int]]:
 
 def run_ours(row: Row, ours: Ours, device: str, windows: Windows) -> dict[str, Any]:
     """Through the Trainer, as a config runs it."""
-    config, cuda = hf_config(row), device == "cuda"
+    config, cuda = hf_config(SHAPES[row.shape], max(2048, row.length)), device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     records = [{"tokens": tokens, "labels": tokens} for tokens in records_of(row)]
     watch = Watch(windows)
@@ -184,7 +169,8 @@ def run_peer(row: Row, peer: Peer, device: str, windows: Windows) -> dict[str, A
     if needed is not None and find_spec(needed) is None:
         return {"skipped": f"{needed} is not installed"}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = h200_peers.stock_model(hf_config(row), dtype, device, peer.liger)
+    config = hf_config(SHAPES[row.shape], max(2048, row.length))
+    model = h200_peers.stock_model(config, dtype, device, peer.liger)
     step = h200_peers.METHODS[peer.method](model, 1e-4)
     batches = batches_of(row, records_of(row), device)
     try:

@@ -7,33 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from train_step import SHAPES as SMALLER
-
-SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 512,
-    },
-    "7b": SMALLER["7b"],
-    "13b": {
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "vocab_size": 32000,
-    },
-    "65b": {
-        "hidden_size": 8192,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "vocab_size": 32000,
-    },
-}
-PEAK_FLOPS = 790e12  # dense bf16 of an H100 or H200 as measured, flop/s; of float8 too, so that MFUs compare
+from llama import SHAPES, flop_per_token
 
 
 @dataclass(frozen=True)
@@ -74,12 +48,8 @@ class Row:
 
     def flop_per_token(self) -> float:
         """(6 N + 6 layers hidden length), N without the input embedding; no recomputation is counted."""
-        shape = SHAPES[self.shape]
-        hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
-        block = 4 * hidden**2 + 3 * hidden * shape["intermediate_size"]
-        matrices = layers * block + hidden * shape["vocab_size"]
         seen = MEAN_LENGTH if self.packed else self.length
-        return self.flop_factor * (matrices + layers * hidden * seen)
+        return flop_per_token(SHAPES[self.shape], seen, self.flop_factor)
 
 
 MEAN_LENGTH = 400  # of the records of a packed row

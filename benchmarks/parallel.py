@@ -21,12 +21,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from bare_engines import LR, SHAPE, Step, bare_step, rows
+from llama import Ids, hf_config, run_job
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -48,140 +50,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         for stage in (2, 3)
     },
 }
-SHAPE = {
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "vocab_size": 4096,
-}
-LR = 1e-4
-Step = Callable[[], Any]
-
-
-class Ids:
-    """Stands for a tokenizer where records are tokens already."""
-
-    pad_token_id, eos_token_id, chat_template, all_special_ids = 0, 2, None, (0, 2)
-
-    def __len__(self) -> int:
-        return SHAPE["vocab_size"]
-
-    def save_pretrained(self, folder: str) -> None:
-        """Nothing to save."""
 
 
 # ---------------------------------------------------------------- in a process of a job
-def rows(job: Mapping[str, Any]) -> Tensor:
-    """The rows of every step, int64 (batch, length)."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, SHAPE["vocab_size"], (job["batch"], job["length"]), generator=generator)
-
-
-def bare_step(job: Mapping[str, Any], alone: bool) -> Step:
-    """A loop's step over the same module with AdamW: on this process alone, or under the bare engine."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).train()
-    batch = rows(job)
-    if not alone:
-        batch = batch.chunk(dist.get_world_size())[dist.get_rank()]
-        layout = job["changes"].get("layout", {})
-        stage = layout.get("zero_stage")
-        if layout.get("name") == "deepspeed":
-            return deepspeed_step(model, batch, stage)
-        tp = job["changes"].get("tp_size", 1)
-        if tp > 1:
-            sequence = layout.get("sequence_parallel", True)
-            batch = torch_tensor_parallel(model, rows(job), tp, sequence)
-        elif job["changes"].get("dp_size") == 2 and stage == 0:
-            model = DistributedDataParallel(model)
-        else:
-            for block in model.blocks.values():
-                fully_shard(block, reshard_after_forward=stage not in (1, 2))
-            fully_shard(model, reshard_after_forward=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
-
-    def step() -> Tensor:
-        loss: Tensor = model(batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
-
-
-def torch_tensor_parallel(model: Any, batch: Tensor, tp: int, sequence: bool) -> Tensor:
-    """Cut a LLaMA by DTensor plans, and by FSDP2 what dp is left; this rank's rows."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        PrepareModuleInput,
-        RowwiseParallel,
-        SequenceParallel,
-        parallelize_module,
-    )
-
-    dp = dist.get_world_size() // tp
-    mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
-    outside = Shard(1) if sequence else Replicate()
-    columns, rows_ = ColwiseParallel(), RowwiseParallel(output_layouts=outside)
-    plan: dict[str, Any] = {
-        **{f"blocks.*.attention.{name}_proj": columns for name in "qkv"},
-        "blocks.*.attention.o_proj": rows_,
-        "blocks.*.mlp.gate_proj": columns,
-        "blocks.*.mlp.up_proj": columns,
-        "blocks.*.mlp.down_proj": rows_,
-        "embed.tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=outside),
-        "head.lm_head": ColwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
-    }
-    if sequence:
-        whole = (Replicate(),)
-        plan |= {
-            "blocks.*.attention_norm": SequenceParallel(),
-            "blocks.*.mlp_norm": SequenceParallel(),
-            "blocks.*.attention": PrepareModuleInput(
-                input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)
-            ),
-            "blocks.*.mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=whole),
-            "head.norm": SequenceParallel(),
-        }
-    parallelize_module(model, mesh["tp"], plan)
-    if dp > 1:
-        for block in model.blocks.values():
-            fully_shard(block, mesh=mesh["dp"])
-        fully_shard(model, mesh=mesh["dp"], reshard_after_forward=False)
-    return batch.chunk(dp)[dist.get_rank() // tp]
-
-
-def deepspeed_step(model: Any, batch: Tensor, stage: int) -> Step:
-    """A step of DeepSpeed's engine, in fp32 and without clipping as ours."""
-    import deepspeed
-
-    settings = {
-        "train_micro_batch_size_per_gpu": len(batch),
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,
-        "steps_per_print": None,
-    }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=settings, dist_init_required=False
-    )
-
-    def step() -> None:
-        engine.backward(engine(batch, labels=batch).loss)
-        engine.step()
-
-    return step
-
-
 class Turns:
     """After each window of our run's steps the others do as many; every window is timed."""
 
@@ -237,7 +108,7 @@ def train(job: Mapping[str, Any], steps: int, callbacks: list[Any]) -> None:
         **job["changes"],
     )
     records = [{"tokens": row, "labels": row} for row in batch]
-    tokenizer: Any = Ids()
+    tokenizer: Any = Ids(SHAPE["vocab_size"])
     Trainer(config, train_dataset=records, tokenizer=tokenizer, callbacks=callbacks).train()
 
 
@@ -319,15 +190,11 @@ def work(job: Mapping[str, Any]) -> None:
 # ---------------------------------------------------------------- the jobs
 def start(job: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     """Run one job; what each rank found."""
-    from collie_core.launch.launcher import launch
-
     changes = job["changes"]
     processes = changes.get("dp_size", 1) * changes.get("tp_size", 1) * changes.get("pp_size", 1)
     folder = Path(job["folder"])
     folder.mkdir(exist_ok=True)
-    file = folder / f"{kind}.json"
-    file.write_text(json.dumps({**job, "kind": kind}))
-    status = launch([str(Path(__file__).resolve()), "--job", str(file)], processes, stop_grace=10.0)
+    status = run_job(__file__, {**job, "kind": kind}, folder / f"{kind}.json", processes)
     if status:
         sys.exit(f"{job['name']}: the job ended with status {status}")
     return [json.loads((folder / f"{kind}-{rank}.json").read_text()) for rank in range(processes)]
@@ -360,19 +227,7 @@ def expected(changes: Mapping[str, Any], model: nn.Module) -> list[int]:
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """A row for each layout."""
-    hf_config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        **SHAPE,
-    }
-    model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, seed=0)
+    model = AutoModelForCausalLM.from_config(hf_config(SHAPE), dtype=torch.float32, seed=0)
     model.save_pretrained(folder / "model")
     found = []
     for number, name in enumerate(args.layouts):

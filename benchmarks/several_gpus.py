@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from llama import SHAPES, Ids, flop_per_token, hf_config, mfu, run_job
 from torch import Tensor
 
 from collie_core import CollieConfig, Trainer
@@ -37,20 +38,11 @@ from collie_core.models.auto import build_model
 from collie_core.models.provider import select_provider
 from collie_core.plugin import Run, hookimpl
 
-#: hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, vocab_size
-SHAPES = {
-    "tiny": (64, 128, 4, 4, 256),
-    "1b": (2048, 5504, 22, 16, 32000),
-    "7b": (4096, 11008, 32, 32, 32000),
-    "13b": (5120, 13824, 40, 40, 32000),
-    "65b": (8192, 22016, 80, 64, 32000),
-}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"name": "adamw", "lr": 1e-5, "state_dtype": "bfloat16"},
     "adamw8bit": {"name": "adamw8bit", "lr": 1e-5, "in_backward": True},
     "lomo": {"name": "lomo", "lr": 1e-3},
 }
-PEAK_FLOPS = {"NVIDIA H200": 790e12, "NVIDIA H100 80GB HBM3": 790e12}  # dense bf16 as measured, flop/s
 Step = Callable[[], Any]
 
 
@@ -68,9 +60,9 @@ def layouts(processes: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def tensors(shape: tuple[int, ...]) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
+def tensors(shape: Mapping[str, int]) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
     """(part, Hugging Face name -> sizes) of a LLaMA."""
-    hidden, inner, layers, _, words = shape
+    hidden, inner, layers, _, words = shape.values()
     yield "embed", {"model.embed_tokens.weight": (words, hidden)}
     for index in range(layers):
         sizes: dict[str, tuple[int, ...]] = {
@@ -83,7 +75,7 @@ def tensors(shape: tuple[int, ...]) -> Iterator[tuple[str, dict[str, tuple[int, 
     yield "head", {"model.norm.weight": (hidden,), "lm_head.weight": (words, hidden)}
 
 
-def write_model(folder: Path, shape: tuple[int, ...], device: str) -> None:
+def write_model(folder: Path, shape: Mapping[str, int], device: str) -> None:
     """A checkpoint of random weights; all blocks have the same values, made once."""
     from safetensors.torch import save_file
 
@@ -102,35 +94,7 @@ def write_model(folder: Path, shape: tuple[int, ...], device: str) -> None:
             where[name] = f"{part}.safetensors"
         save_file(content, folder / f"{part}.safetensors", {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        **dict(zip(names, shape, strict=True)),
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-class Ids:
-    """Stands for a tokenizer where records are tokens already."""
-
-    pad_token_id, eos_token_id, chat_template, all_special_ids = 0, 2, None, (0, 2)
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def save_pretrained(self, folder: str) -> None:
-        """Nothing to save."""
+    (folder / "config.json").write_text(json.dumps(hf_config(shape, 32768)))
 
 
 # ---------------------------------------------------------------- in a process of a job
@@ -279,33 +243,25 @@ def work(job: Mapping[str, Any]) -> None:
 # ---------------------------------------------------------------- the jobs
 def measure(args: argparse.Namespace, processes: int, name: str, model: Path) -> dict[str, Any]:
     """Run the job of one layout; its row."""
-    from collie_core.launch.launcher import launch
-
     shape = SHAPES[args.shape]
-    hidden, inner, depth, _, words = shape
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         job = {
             "changes": layouts(processes)[name],
             "model": str(model),
             "folder": folder,
-            "words": words,
+            "words": shape["vocab_size"],
             "batch": args.batch * processes,
             **{
                 key: getattr(args, key)
                 for key in ("optimizer", "length", "warmup", "window", "windows", "alone", "recompute")
             },
         }
-        file = Path(folder) / "job.json"
-        file.write_text(json.dumps(job))
-        status = launch([str(Path(__file__).resolve()), "--job", str(file)], processes, stop_grace=10.0)
+        status = run_job(__file__, job, Path(folder) / "job.json", processes)
         found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank-*.json"))]
     row: dict[str, Any] = {"layout": name, "optimizer": args.optimizer, "gpus": processes}
     if status or len(found) < processes:
         return {**row, "problem": f"the job ended with status {status}"}
-    flop = (
-        6 * (depth * (4 * hidden**2 + 3 * hidden * inner) + hidden * words) + 6 * depth * hidden * args.length
-    )
-    rate = PEAK_FLOPS.get(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    flop = flop_per_token(shape, args.length)
     seconds = found[0]["seconds"]
     for who, windows in seconds.items():
         if windows:
@@ -314,7 +270,7 @@ def measure(args: argparse.Namespace, processes: int, name: str, model: Path) ->
             row[who] = {
                 "step_s": step,
                 "tok_s_gpu": tokens,
-                "mfu": tokens * flop / rate if rate else math.nan,
+                "mfu": mfu(tokens, flop) or math.nan,
                 "peak_gib": max(rank["peaks"][who] for rank in found) / 2**30,
             }
     ratios = [mine / bare for mine, bare in zip(seconds["ours"], seconds["fsdp2"], strict=False)]

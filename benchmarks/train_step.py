@@ -22,35 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llama import SHAPES, Ids, flop_per_token, hf_config, mfu
 from torch import Tensor, nn
 
 from collie_core import AutoModelForCausalLM, CollieConfig, Trainer
 from collie_core.plugin import Run, hookimpl
 
-SHAPES: dict[str, dict[str, int]] = {
-    "small": {
-        "hidden_size": 256,
-        "intermediate_size": 688,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "vocab_size": 4096,
-    },
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5504,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 16,
-        "vocab_size": 32000,
-    },
-    "7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "vocab_size": 32000,
-    },
-}
-PEAK_FLOPS = {"NVIDIA H200": 790e12, "NVIDIA H100 80GB HBM3": 790e12}  # dense bf16 as measured, flop/s
 LR = 1e-3
 Step = Callable[[Tensor, Tensor], Any]
 
@@ -153,19 +130,7 @@ def run(args: argparse.Namespace, folder: Path) -> list[Contestant]:
 
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     shape = SHAPES[args.shape]
-    hf_config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "tie_word_embeddings": False,
-        **shape,
-    }
-    model = AutoModelForCausalLM.from_config(
-        {**hf_config, "bos_token_id": 1, "eos_token_id": 2}, dtype=dtype, seed=0
-    )
+    model = AutoModelForCausalLM.from_config(hf_config(shape), dtype=dtype, seed=0)
     model.save_pretrained(folder / "model")
     model.to(args.device)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -201,30 +166,10 @@ def run(args: argparse.Namespace, folder: Path) -> list[Contestant]:
     return [ours, *others]
 
 
-class Ids:
-    """Stands for a tokenizer where records are tokens already."""
-
-    pad_token_id, eos_token_id, chat_template, all_special_ids = 0, 2, None, (0, 2)
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def save_pretrained(self, folder: str) -> None:
-        """Nothing to save."""
-
-
 def table(args: argparse.Namespace, contestants: list[Contestant]) -> list[dict[str, Any]]:
     """Medians and ratios; MFU counts (6 N + 6 layers hidden length) flop a token, N without embedding."""
     shape = SHAPES[args.shape]
-    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
-    matrices = (
-        layers * (4 * hidden**2 + 3 * hidden * shape["intermediate_size"]) + hidden * shape["vocab_size"]
-    )
-    flop = 6 * matrices + 6 * layers * hidden * args.length
-    peak = PEAK_FLOPS.get(torch.cuda.get_device_name()) if args.device == "cuda" else None
+    flop = flop_per_token(shape, args.length)
     ours, rows = contestants[0], []
     for contestant in contestants:
         seconds = statistics.median(contestant.seconds)
@@ -237,7 +182,7 @@ def table(args: argparse.Namespace, contestants: list[Contestant]) -> list[dict[
             "ours_over_it": statistics.median(ratios),
         }
         if args.device == "cuda":
-            row |= {"mfu": tokens * flop / peak if peak else None, "peak_gib": contestant.peak_bytes / 2**30}
+            row |= {"mfu": mfu(tokens, flop), "peak_gib": contestant.peak_bytes / 2**30}
         rows.append(row)
     return rows
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from page_commands import blocks, run
 from training_helpers import config
 
 from collie_core.cli import slurm
@@ -19,9 +17,7 @@ from collie_core.cli import slurm
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "launch.md").read_text()
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines() if line
-]
+COMMANDS = [line for block in blocks(PAGE, "bash") for line in block.splitlines() if line]
 INLINE = re.findall(r"`(collie (?:train|slurm) train\.yaml [^`]*(?:_size|nodes)[^`]*)`", README)
 
 
@@ -36,15 +32,7 @@ def test_the_commands_run(command: str, tiny_llama: Path, data_file: Path, tmp_p
     words = shlex.split(command)
     if words[:2] == ["collie", "slurm"] and "--dry-run" not in words:
         words.append("--dry-run")  # a slurm to submit to is there in tests/slurm
-    done = subprocess.run(
-        words,
-        cwd=tmp_path,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run(shlex.join(words), tmp_path)
     if "slurm" in words:
         assert done.stdout.startswith("#!/bin/bash")
     else:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from page_commands import blocks, run
 from training_helpers import config, metrics
 
 from collie_core.config.schema import CollieConfig
@@ -23,29 +21,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = README.split("## More than one process")[1].split("\n## ")[0]
 
 
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-
-
 @pytest.fixture
 def folder(tiny_llama: Path, data_file: Path, tmp_path: Path) -> Path:
     """A folder with the `train.yaml` that the pages speak of."""
     mapping = config(tiny_llama, data_file, Path("runs/demo"), train={"max_steps": 2}).to_mapping()
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(mapping))
     return tmp_path
-
-
-def run(line: str, folder: Path) -> str:
-    done = subprocess.run(
-        shlex.split(line),
-        cwd=folder,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, f"{line}\n{done.stderr}"
-    return done.stdout
 
 
 def test_every_block_is_tested_here() -> None:
@@ -62,7 +43,7 @@ def test_the_sizes(line: str, folder: Path) -> None:
 @pytest.mark.parametrize("text", [PAGE, SECTION], ids=["page", "readme"])
 def test_the_explanation(text: str, folder: Path) -> None:
     [line] = [line for block in blocks(text, "bash") for line in block.splitlines() if "--explain" in line]
-    assert "weights:" in run(line, folder) and "= 4" in run(line, folder)
+    assert "weights:" in run(line, folder).stdout and "= 4" in run(line, folder).stdout
 
 
 def test_a_run_moves_to_another_layout(folder: Path) -> None:
@@ -75,7 +56,7 @@ def test_a_run_moves_to_another_layout(folder: Path) -> None:
 def test_the_python_snippet(folder: Path) -> None:
     [code] = blocks(PAGE, "python")
     (folder / "script.py").write_text(code)
-    assert run(f"{sys.executable} script.py", folder) == "4 processes\n"
+    assert run(f"{sys.executable} script.py", folder).stdout == "4 processes\n"
 
 
 def test_the_yaml_shows_every_key_with_its_default() -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from contextlib import chdir
 from pathlib import Path
 
 import pytest
 import yaml
+from page_commands import blocks, fill, run
 
 from collie_core import CollieConfig
 from collie_core.cli.main import main
@@ -25,29 +23,13 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "lora.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
-
-
-def run(command: list[str], folder: Path) -> str:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=180
-    )
-    assert done.returncode == 0, f"{command}\n{done.stderr}"
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def folder(tiny_llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the page speaks of, and its run."""
     path = tmp_path_factory.mktemp("lora_page")
-    shutil.copytree(tiny_llama, path / "open_llama_3b")
-    (path / "data").mkdir()
-    for name in ("train", "eval"):
-        shutil.copy(data, path / "data" / f"{name}.jsonl")
-    (path / "lora.yaml").write_text(blocks("yaml")[0])
-    for line in blocks("bash")[0].splitlines():
+    fill(path, tiny_llama, data)
+    (path / "lora.yaml").write_text(blocks(PAGE, "yaml")[0])
+    for line in blocks(PAGE, "bash")[0].splitlines():
         name, *arguments = shlex.split(line)
         with chdir(path):
             assert name == "collie" and main(arguments) == 0, line
@@ -61,16 +43,16 @@ def test_the_commands(folder: Path) -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_python_snippets(number: int, folder: Path) -> None:
-    (folder / f"script{number}.py").write_text(blocks("python")[number])
-    run([sys.executable, f"script{number}.py"], folder)
+    (folder / f"script{number}.py").write_text(blocks(PAGE, "python")[number])
+    run(f"{sys.executable} script{number}.py", folder)
     if number == 0:
         assert (folder / "copy/adapter_config.json").is_file() and (folder / "plain/config.json").is_file()
 
 
 def test_several_adapters_are_accepted() -> None:
-    sections = yaml.safe_load(blocks("yaml")[1])
+    sections = yaml.safe_load(blocks(PAGE, "yaml")[1])
     check_run(CollieConfig(model={"path": "x"}, data={"train": "x"}, **sections))
-    assert len(blocks("yaml")) == len(blocks("python")) == 2 and len(blocks("bash")) == 1
+    assert len(blocks(PAGE, "yaml")) == len(blocks(PAGE, "python")) == 2 and len(blocks(PAGE, "bash")) == 1
 
 
 def test_the_options_of_lora_and_their_defaults() -> None:

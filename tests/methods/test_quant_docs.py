@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import shlex
-import shutil
-import subprocess
-import sys
 from pathlib import Path
+
+from page_commands import blocks, fill, run
 
 from collie_core.registry.options import validate_options
 from collie_methods.quant import Nf4Plugin
@@ -19,19 +16,11 @@ PAGE = (ROOT / "docs" / "quantisation.md").read_text(encoding="utf-8")
 
 
 def test_the_commands(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_llama, tmp_path / "open_llama_3b")
-    (tmp_path / "data").mkdir()
-    for name in ("train", "eval"):
-        shutil.copy(data, tmp_path / "data" / f"{name}.jsonl")
-    [config] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    [commands] = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    fill(tmp_path, tiny_llama, data)
+    [config], [commands] = blocks(PAGE, "yaml"), blocks(PAGE, "bash")
     (tmp_path / "qlora.yaml").write_text(config)
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for line in commands.splitlines():
-        done = subprocess.run(
-            shlex.split(line), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=180
-        )
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        run(line, tmp_path)
     assert (tmp_path / "runs/qlora/model/collie_base.json").is_file()
     assert (tmp_path / "merged/model.safetensors").is_file()
 
