@@ -117,26 +117,26 @@ def _forward_4(
             q,
             k,
             v,
-            **_bounds_4(starts, longest),
-            softmax_scale=scale,
-            causal=left < 0,
-            window_size_left=left if left >= 0 else None,
-            window_size_right=0 if left >= 0 else None,
+            **_how_4(starts, longest, scale, left),
             softcap=softcap or None,
             return_lse=True,
         )
     return out.contiguous(), sums.contiguous()
 
 
-def _bounds_4(starts: Tensor | None, longest: int) -> dict[str, Any]:
-    if starts is None:
-        return {}
-    return {
-        "cu_seqlens_q": starts,
-        "cu_seqlens_k": starts,
-        "max_seqlen_q": longest,
-        "max_seqlen_k": longest,
+def _how_4(starts: Tensor | None, longest: int, scale: float, left: int) -> dict[str, Any]:
+    """What both passes are told of scores and records."""
+    windowed = left >= 0
+    how: dict[str, Any] = {
+        "softmax_scale": scale,
+        "causal": not windowed,
+        "window_size_left": left if windowed else None,
+        "window_size_right": 0 if windowed else None,
     }
+    if starts is not None:
+        for side in "qk":
+            how |= {f"cu_seqlens_{side}": starts, f"max_seqlen_{side}": longest}
+    return how
 
 
 @_forward_4.register_fake
@@ -177,11 +177,7 @@ def _backward_4(
         out,
         gradient.contiguous(),
         sums,
-        **_bounds_4(starts, longest),
-        softmax_scale=scale,
-        causal=left < 0,
-        window_size_left=left if left >= 0 else None,
-        window_size_right=0 if left >= 0 else None,
+        **_how_4(starts, longest, scale, left),
         softcap=softcap,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
