@@ -14,7 +14,7 @@ _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 SHAPES: dict[str, dict[str, int]] = {
     name: dict(zip(_SIZES, sizes, strict=True))
     for name, sizes in {
-        "tiny": (64, 128, 4, 4, 256),
+        "tiny": (64, 96, 2, 4, 512),
         "small": (256, 688, 6, 8, 4096),
         "1b": (2048, 5504, 22, 16, 32000),
         "7b": (4096, 11008, 32, 32, 32000),

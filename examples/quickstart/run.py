@@ -7,6 +7,7 @@ all parameters, by `collie train examples/quickstart/train.yaml`, the same comma
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import random
@@ -81,6 +82,9 @@ def perplexity(*arguments: str) -> float:
 def prove_export(model: Path) -> float:
     """Largest difference between our logits and those of transformers on the exported folder."""
     import torch
+    # transformers imports torchao where it is installed, which tells of kernels that a CPU does without
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers import AutoModelForCausalLM as Stock
     from transformers import AutoTokenizer as StockTokenizer
     from transformers.utils.logging import disable_progress_bar
