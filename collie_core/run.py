@@ -43,7 +43,8 @@ class ParameterGroup:
 class Run:
     """One training run (or evaluation) in one process.
 
-    step counts finished optimizer steps; total_steps is known once the data are.
+    step counts finished optimizer steps; total_steps is known once the data are, and so are the positions of
+    the largest micro-batch, padding included.
     resolved holds every `auto` of the config as it was resolved.
     source is the checkpoint to train, its configs and its provider; model is the user's own module, whose
     weights are used instead, or None.
@@ -63,6 +64,7 @@ class Run:
     world_size: int = 1
     step: int = 0
     total_steps: int = 0
+    largest_micro_batch: int = 0
     tokenizer: Any = None
     source: SelectedProvider | None = None
     model: nn.Module | None = None

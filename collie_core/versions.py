@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 
 LIBRARIES = (
@@ -21,7 +23,8 @@ LIBRARIES = (
 OPTIONAL = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Of Python and of each library, or `not installed`; of optional ones where they are installed."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from collie_core.data.batch import MicroBatch, StepBatch
-from collie_core.data.collate import Row, collate, micro_batches, rank_rows
+from collie_core.data.collate import Row, collate, micro_batches, padded_length, rank_rows
 from collie_core.data.dataset import TokenizedDataset
 from collie_core.data.order import epoch_order
 from collie_core.data.packing import Rows, packed_rows, single_rows
@@ -77,6 +77,13 @@ class DataReader:
     def total_steps(self, epochs: int) -> int:
         """Optimizer steps of the first `epochs` epochs."""
         return sum(self.steps_per_epoch(epoch) for epoch in range(epochs))
+
+    def largest_micro_batch(self) -> int:
+        """Positions, padding included, of the largest micro-batch that may come."""
+        rows = self._global_rows // self._ranks
+        pieces = -(-rows // self._micro_batch_size) if self._count is None else self._count(rows)
+        longest = self._max_length if self._packing else int(self.dataset.lengths.max())
+        return -(-rows // min(pieces, rows)) * padded_length(longest, self._max_length)
 
     def state(self) -> dict[str, int]:
         """The position after the last step that was handed out: `epoch`, and `row` within it."""

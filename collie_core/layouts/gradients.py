@@ -154,15 +154,17 @@ class GradientFlow:
             self._complete(self._left.pop(0))
 
     def _complete(self, unit: str) -> None:
-        """Begin to sum the gradients of a unit over the ranks, and use those of the unit before it: a unit's
-        sums are under way while the next one's gradients are computed."""
+        """Begin to sum the gradients of a unit over the ranks.  Those of the unit before are used now: a
+        unit's sums are under way while the next one's gradients are computed.  Where all are kept anyway,
+        none is waited for before `flush`."""
         waiting = self._waiting.pop(unit)
         alike: dict[tuple[dist.ProcessGroup, ...], list[Shard]] = {}
         for name in self._units[unit]:
             alike.setdefault(self.shards[name].sums, []).append(self.shards[name])
         begun = [_Sum(groups, shards, waiting) for groups, shards in alike.items()]
-        self._finish()
-        self._under_way = begun
+        if self.mode != "keep":
+            self._finish()
+        self._under_way += begun
 
     def _finish(self) -> None:
         """Use the gradients whose sums are under way."""

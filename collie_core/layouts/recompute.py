@@ -8,6 +8,7 @@ docs/decisions/recomputation.md).  `offload` is `full` with the blocks' inputs i
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from sys import stderr
 from typing import TYPE_CHECKING, Any
@@ -32,12 +33,14 @@ def runner_for(
     agree: Callable[[int], int] | None = None,
     begin: int = 0,
     total: int | None = None,
+    alive: int = 1,
 ) -> BlockRunner:
     """The loop over the blocks that `train.activation_checkpointing` asks for.
 
     `auto` recomputes nothing on the CPU; on CUDA it measures, in the first step, what one block keeps, and
     recomputes only as many blocks as the free memory asks for; `agree` gives the most that any rank which
-    shares these blocks needs.  begin, total: where these blocks begin among all of the model.
+    shares these blocks needs.  begin, total: where these blocks begin among all of the model.  alive: passes
+    through them that have begun and not ended, at most.
     Raises ConfigProblems for a number above the number of the model's blocks.
     """
     mode = run.resolved.get("activation_checkpointing", run.config.train.activation_checkpointing)
@@ -56,7 +59,7 @@ def runner_for(
         if isinstance(mode, int):
             mode = min(max(mode - begin, 0), len(blocks))
         return _runner(blocks, mode, run)
-    return _Measured(blocks, run, agree, str(begin) if len(blocks) < total else None)
+    return _Measured(blocks, run, agree, str(begin) if len(blocks) < total else None, alive)
 
 
 def _runner(blocks: list[nn.Module], mode: str | int, run: Run) -> BlockRunner:
@@ -126,22 +129,49 @@ def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPo
 
 
 class _Measured:
-    """`auto` on CUDA: the first forward recomputes everything but counts what its first block would keep."""
+    """`auto` on CUDA: counts what a block keeps, and has as many recomputed as the free memory asks for.
+
+    What comes later than the first forward pass takes memory too: sums of gradients, other micro-batches of a
+    pipeline, optimizer states.  So in the first two steps every pass looks anew, and a block that is
+    recomputed once stays so.  A pass counts as one over the largest micro-batch of the run.
+    """
 
     def __init__(
-        self, blocks: list[nn.Module], run: Run, agree: Callable[[int], int] | None, stretch: str | None
+        self,
+        blocks: list[nn.Module],
+        run: Run,
+        agree: Callable[[int], int] | None,
+        stretch: str | None,
+        alive: int,
     ) -> None:
-        """stretch: the name of these blocks among all of the model; None: they are all."""
+        """stretch: the name of these blocks among all of the model; None: they are all.  alive: passes whose
+        backward pass comes after the next one's forward pass, and itself."""
         self.blocks, self.run, self.agree, self.stretch = blocks, run, agree, stretch
-        self.recomputed: int | None = None
+        self.alive, self._begun = alive, 0
+        self.recomputed = 0
+        self._sizes: BlockSizes | None = None
+        self._settled_at = run.step + 2
         self._again = _compiled_too(_full, run)
 
     def __call__(self, h: Tensor, context: Context) -> Tensor:
-        if self.recomputed is None:
-            chosen = self._choose(h, context)
-            self.recomputed = chosen if self.agree is None else self.agree(chosen)
+        if self.run.step >= self._settled_at:
+            return _run(self.blocks, self.recomputed, self._again, h, context)
+        first = self._sizes is None
+        if self._sizes is None:
+            self._sizes = self._measure(h, context)
+        asked = self._sizes.recomputed(len(self.blocks), _usable(h.device), self.alive, self._begun)
+        asked = asked if self.agree is None else self.agree(asked)
+        if first or asked > self.recomputed:
+            self.recomputed = max(asked, self.recomputed)
             self._tell(self.recomputed)
-        return _run(self.blocks, self.recomputed, self._again, h, context)
+        h = _run(self.blocks, self.recomputed, self._again, h, context)
+        if h.requires_grad:
+            self._begun += 1
+            h.register_hook(self._ends)
+        return h
+
+    def _ends(self, _gradient: Tensor) -> None:
+        self._begun -= 1
 
     def _tell(self, chosen: int) -> None:
         """Note the choice for run.json and for a start that goes on, and say it."""
@@ -151,7 +181,8 @@ class _Measured:
             told = f"train.{key}: auto: {chosen} of {len(self.blocks)} blocks are recomputed"
             print(told, file=stderr, flush=True)
 
-    def _choose(self, h: Tensor, context: Context) -> int:
+    def _measure(self, h: Tensor, context: Context) -> BlockSizes:
+        """What the first block keeps, for a micro-batch of the largest size."""
         kept: dict[int, int] = {}
         weights: set[int] = set()
 
@@ -167,10 +198,31 @@ class _Measured:
             probe = self.blocks[0](h, context)
         del probe
         torch.cuda.empty_cache()
-        block_bytes = sum(kept.values())
-        input_bytes = h.numel() * h.element_size()
-        free, total = torch.cuda.mem_get_info(h.device)
-        # a tenth of the card is left for the loss, the largest gradients and fragmentation
-        budget = free - 0.1 * total - block_bytes
-        keep_all = int(max(0.0, budget - input_bytes * len(self.blocks)) // max(1, block_bytes - input_bytes))
-        return max(0, len(self.blocks) - keep_all)
+        scale = max(1.0, self.run.largest_micro_batch / context.input_ids.numel())
+        return BlockSizes(int(scale * sum(kept.values())), int(scale * h.numel() * h.element_size()))
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Bytes that a block keeps of one pass for its backward pass: everything, or its input alone."""
+
+    everything: int
+    input: int
+
+    def recomputed(self, blocks: int, usable: int, alive: int = 1, begun: int = 0) -> int:
+        """How many of so many blocks must keep their inputs alone.
+
+        usable: bytes that may be taken now.  alive: passes that are alive at once; begun: those that are,
+        whose memory is taken already.  There is always room for one block that is being recomputed.
+        """
+        passes = max(1, alive - begun)
+        room = usable - self.everything - passes * blocks * self.input
+        kept = max(0, room) // max(1, passes * (self.everything - self.input))
+        return max(0, blocks - kept)
+
+
+def _usable(device: torch.device) -> int:
+    """Bytes that may be taken; a tenth of the card is left for the loss, the largest gradients and gaps."""
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + unused - total // 10

@@ -63,12 +63,16 @@ class Stage(nn.Module):
         self._most_rows = {True: 0, False: 0}  # of a batch so far, by whether it trains
 
     def resolve(
-        self, training: bool, agree: Callable[[int], int] | None = None, may_compile: bool = True
+        self,
+        training: bool,
+        agree: Callable[[int], int] | None = None,
+        may_compile: bool = True,
+        alive: int = 1,
     ) -> None:
         """Settle every `auto` of the forward pass, once, and note it in `run.resolved`.
 
         agree: makes one number of the numbers of all ranks of this stage.  may_compile: false where `auto`
-        must not compile.
+        must not compile.  alive: passes through this stage that have begun and not ended, at most.
         """
         train, resolved = self.run.config.train, self.run.resolved
         on_cuda = self.run.device.type == "cuda" and may_compile
@@ -81,7 +85,9 @@ class Stage(nn.Module):
             several = self.total > len(blocks) and train.activation_checkpointing != "none"
             for block in blocks:
                 block.compile(dynamic=True if several else None)
-        self.run_blocks = runner_for(blocks, self.run, agree, self.begin, self.total) if training else None
+        self.run_blocks = (
+            runner_for(blocks, self.run, agree, self.begin, self.total, alive) if training else None
+        )
 
     def forward(self, batch: MicroBatch, h: Tensor | None = None, custom: bool = True) -> Tensor:
         """The loss summed over the target tokens (0-d, fp32) where the head is here, else the hidden output.

@@ -70,7 +70,7 @@ def open_dataset(
 
 
 def open_reader(run: Run, data: TokenizedDataset, layout: Layout) -> DataReader:
-    """The steps of this rank; the run then knows how many there are."""
+    """The steps of this rank; the run then knows how many there are, and how large their parts may be."""
     from collie_core.data.build import build_reader
     from collie_core.layouts.grid import data_rank
 
@@ -82,6 +82,7 @@ def open_reader(run: Run, data: TokenizedDataset, layout: Layout) -> DataReader:
         pad_token_id=run.pad_token_id,
         count_micro_batches=layout.count_micro_batches if config.pp_size > 1 else None,
     )
+    run.largest_micro_batch = reader.largest_micro_batch()
     run.total_steps = reader.total_steps(config.train.epochs)
     if config.train.max_steps is not None:
         run.total_steps = min(run.total_steps, config.train.max_steps)

@@ -41,7 +41,7 @@ def train_loop(session: Session, signals: StopSignals) -> None:
             _not_finite(session, batch, figures)
         run.step = batch.step
         session.position = session.reader.state()
-        if run.step == first:
+        if run.step <= first + 1:
             session.note_choices()
 
         # ---------------------------------------------------------------- its end, and its figures

@@ -181,7 +181,7 @@ class Session:
                 self._report(plugin.label, error)
 
     def note_choices(self) -> None:
-        """`run.json` again, with what the first step has resolved."""
+        """`run.json` again, with what the first steps have resolved."""
         from collie_core.train.output import write_run_json
 
         if self.run.first:

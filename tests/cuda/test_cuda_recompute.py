@@ -127,3 +127,40 @@ def test_a_graph_that_is_dropped_gives_its_buffers_back() -> None:
         out = run_blocks(model.embed(ctx.input_ids, ctx), ctx)
         del out
     assert run_blocks.host_bytes == (LAYERS - 1) * ROWS * LENGTH * WIDTH * 2
+
+
+def test_auto_recomputes_more_where_states_and_sums_come_later(capfd: pytest.CaptureFixture[str]) -> None:
+    """Room for every block at first; before the second step something takes all but that of two."""
+    model, ops = make()
+    config = CollieConfig(model={"path": "none"}, train={"activation_checkpointing": "auto"})
+    run = Run(config, Path("none"), CUDA)
+    run.resolved["compile"] = False
+    run_blocks = runner_for(list(model.blocks.values()), run)
+
+    def step() -> int:
+        ctx = model.prepare_context(context(False))
+        ops.prepare(ctx)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        out = run_blocks(model.embed(ctx.input_ids, ctx), ctx)
+        held = torch.cuda.memory_allocated() - before
+        out.float().square().mean().backward()
+        model.zero_grad(set_to_none=True)
+        run.step += 1
+        return held
+
+    everything = step()
+    assert run.resolved["activation_checkpointing"] == 0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    left = total // 10 + everything // LAYERS * 4  # the margin, a block at work, inputs, and about two blocks
+    later = torch.empty(free - left, dtype=torch.uint8, device=CUDA)
+    held = step()
+    chosen = run.resolved["activation_checkpointing"]
+    assert 0 < chosen < LAYERS and held < everything
+    del later
+    torch.cuda.empty_cache()
+    step()
+    step()
+    assert run.resolved["activation_checkpointing"] == chosen  # settled
+    assert capfd.readouterr().err.count("blocks are recomputed") == 2

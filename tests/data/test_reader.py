@@ -176,6 +176,17 @@ def test_a_partial_step_has_only_the_micro_batches_it_needs(dataset: TokenizedDa
         assert batch.tokens == int(dataset.lengths[[int(batch.records[0][0][14:-1])]].sum())
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_largest_micro_batch_is_known_before(dataset: TokenizedDataset, packing: bool) -> None:
+    source = reader(dataset, packing=packing)
+    seen = max(
+        batch.input_ids.numel()
+        for step in islice(source, source.total_steps(2))
+        for batch in step.micro_batches
+    )
+    assert seen == source.largest_micro_batch()
+
+
 def test_more_ranks_than_rows(dataset: TokenizedDataset) -> None:
     """A rank with nothing but a filler still takes part."""
     last = []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from collie_core import CollieConfig
-from collie_core.layouts.recompute import runner_for
+from collie_core.layouts.recompute import BlockSizes, runner_for
 from collie_core.ops import Context
 from collie_core.run import Run
 
@@ -86,3 +86,19 @@ def test_what_is_computed_twice(mode: str | int, compiled: bool, attentions: int
     assert len(found) == len(plain) == 4 * LAYERS
     for one, expected in zip(found, plain, strict=True):
         torch.testing.assert_close(one, expected)
+
+
+@pytest.mark.parametrize(
+    ("usable", "alive", "begun", "recomputed"),
+    [
+        (100 + 4 * 10 + 4 * 90, 1, 0, 0),
+        (100 + 4 * 10 + 4 * 90 - 1, 1, 0, 1),
+        (100 + 4 * 10 + 90, 1, 0, 3),
+        (100 + 4 * 10, 1, 0, 4),
+        (0, 1, 0, 4),
+        (100 + 2 * (4 * 10 + 3 * 90), 2, 0, 1),  # two passes alive: each keeps three blocks
+        (100 + 4 * 10 + 3 * 90, 2, 1, 1),  # the first has what it needs
+    ],
+)
+def test_as_few_as_fit_are_recomputed(usable: int, alive: int, begun: int, recomputed: int) -> None:
+    assert BlockSizes(everything=100, input=10).recomputed(4, usable, alive, begun) == recomputed

@@ -45,7 +45,8 @@ class LiveGradients:
 
 def run(model: Path, data: Path, out: Path, name: str, /, callbacks: Any = (), **changes: Any) -> Path:
     section = {"name": name, **(OPTIMIZERS | ALWAYS)[name], **changes.pop("optimizer", {})}
-    train = {"max_steps": 4, **changes.pop("train", {})}
+    # on CUDA the gradients of embeddings are otherwise added up in any order
+    train = {"max_steps": 4, "deterministic": True, **changes.pop("train", {})}
     Trainer(
         config(model, data, out, optimizer=section, train=train, **changes), callbacks=list(callbacks)
     ).train()
