@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 BIN := $(abspath $(VENV))/bin
-# their tests start as many processes as there are cores, or more
+# their tests start as many processes as there are cores, or more: two at a time, and nothing beside them
 SEVERAL := tests/layouts tests/launch tests/slurm
 PROJECTS := $(dir $(wildcard collie_*/pyproject.toml collie_*/*/pyproject.toml))
 
@@ -26,7 +26,7 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest -q -p no:cacheprovider -n 2 --dist loadfile $(addprefix --ignore=,$(SEVERAL))
-	$(BIN)/python -m pytest -q -p no:cacheprovider $(filter-out tests/slurm,$(SEVERAL))
+	$(BIN)/python -m pytest -q -p no:cacheprovider -n 2 --dist loadfile $(filter-out tests/slurm,$(SEVERAL))
 
 test-slurm: setup
 	@tests/slurm/install.sh

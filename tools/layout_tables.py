@@ -61,8 +61,9 @@ def support() -> str:
     layouts, tests = _tests()
     every = {name: keys for name, keys in layouts.items() if name != "single"}
     groups: dict[tuple[str, str, str], list[str]] = {}
+    registry = Registry()
     for kind, name in _methods():
-        problems = {layout: _problem(kind, name, keys) for layout, keys in every.items()}
+        problems = {layout: _problem(kind, name, keys, registry) for layout, keys in every.items()}
         accepted = [layout for layout, problem in problems.items() if problem is None]
         why = sorted({problem for problem in problems.values() if problem is not None})
         tested = [
@@ -109,13 +110,13 @@ def _tests() -> tuple[dict[str, dict[str, Any]], list[tuple[str, list[str], list
     ]
 
 
-def _problem(kind: str, name: str, keys: dict[str, Any]) -> str | None:
+def _problem(kind: str, name: str, keys: dict[str, Any], registry: Registry) -> str | None:
     """Why a method is refused under a layout; None: it is not."""
     on_top = ["lora"] if name in ("nf4", "int8") else []  # they train nothing themselves
     section: dict[str, Any] = {"adapters": [name, *on_top]}
     if kind == "optimizer":
         section = {"optimizer": {"name": name}}
-    _, _, problems = checked_plugins(CollieConfig(model={"path": "model"}, **section, **keys))
+    _, _, problems = checked_plugins(CollieConfig(model={"path": "model"}, **section, **keys), registry)
     reasons = [problem.reason if isinstance(problem, Refusal) else problem for problem in problems]
     return "; ".join(reasons) or None
 

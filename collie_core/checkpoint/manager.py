@@ -86,7 +86,7 @@ class CheckpointManager:
         what `write` raises; also that of a save in the background before this one.
         """
         self.wait()
-        state_text = json_text(dict(state))
+        state_text = json_text(dict(state)) if first() else ""
         aside = from_first(lambda: self._begin(step), self.group)
         if not background:
             return self._save(step, aside, write, state_text)

@@ -123,7 +123,8 @@ def _facts(dist: metadata.Distribution | None) -> _Facts:
     meta = None if dist is None else dist.metadata
     if dist is None or meta is None or not meta["Name"] or not meta["Version"]:
         return _Facts("unknown", "?", "", "the metadata of its distribution is damaged")
-    return _Facts(meta["Name"], meta["Version"], meta["Summary"] or "", _core_problem(dist.requires or []))
+    requires = meta.get_all("Requires-Dist") or dist.requires or []  # the latter parses the metadata anew
+    return _Facts(meta["Name"], meta["Version"], meta["Summary"] or "", _core_problem(requires))
 
 
 def _core_problem(requirements: list[str]) -> str:

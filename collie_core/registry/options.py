@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +28,14 @@ def validate_options(cls: type, options: Mapping[str, Any]) -> Any:
 
     Raises ConfigProblems with the key path and message of everything that is wrong.
     """
-    if options_of(cls) is None:
+    section = options_of(cls)
+    if section is None:
         if options:
             raise ConfigProblems([((key,), "unknown key: the plugin has no options") for key in options])
         return None
     from pydantic import ValidationError
 
-    model, plain = _section_model(cls), {"options": _plain(options, ())}
+    model, plain = _section_model(section), {"options": _plain(options, ())}
     try:
         # JSON, because strict validation of Python values refuses dicts for dataclasses and lists for tuples
         return getattr(model.model_validate_json(json.dumps(plain)), "options")  # noqa: B009 (a made model)
@@ -44,20 +46,21 @@ def validate_options(cls: type, options: Mapping[str, Any]) -> Any:
 
 def options_schema(cls: type) -> dict[str, Any]:
     """JSON schema of the plugin's options, with `$defs` for nested types; unknown keys are refused."""
-    if options_of(cls) is None:
+    section = options_of(cls)
+    if section is None:
         return {"type": "object", "properties": {}, "additionalProperties": False}
-    schema = _section_model(cls).model_json_schema()
+    schema = _section_model(section).model_json_schema()
     definitions = schema["$defs"]
     own: dict[str, Any] = definitions.pop(schema["properties"]["options"]["$ref"].rsplit("/", 1)[1])
     return {**own, "$defs": definitions} if definitions else own
 
 
-def _section_model(cls: type) -> type[BaseModel]:
+@lru_cache(maxsize=256)
+def _section_model(options: Any) -> type[BaseModel]:
     """A model with the options as its one field: its settings hold for the dataclass and all below it."""
     from pydantic import ConfigDict, create_model
 
     settings = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-    options: Any = options_of(cls)
     return create_model("Section", __config__=settings, options=(options, ...))
 
 

@@ -78,14 +78,19 @@ def check_run(config: CollieConfig) -> list[str]:
     return [f"{kind} {section.name}" for kind, _, section in sections(config)]
 
 
-def checked_plugins(config: CollieConfig) -> tuple[Run, RunPlugins, list[str]]:
-    """The plugins that a config selects, a run to ask them about, and what they cannot serve in it."""
+def checked_plugins(
+    config: CollieConfig, registry: Registry | None = None
+) -> tuple[Run, RunPlugins, list[str]]:
+    """The plugins that a config selects, a run to ask them about, and what they cannot serve in it.
+
+    registry: what is installed, where it was looked up before.
+    """
     import torch
 
     from collie_core.run import Run
 
     check_config(config, product(config))
-    plugins = RunPlugins(Registry())
+    plugins = RunPlugins(registry or Registry())
     select_plugins(config, plugins)
     run = Run(config, Path(config.output_dir), torch.device("cpu"))
     return run, plugins, plugins.check(run)

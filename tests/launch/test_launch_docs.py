@@ -25,7 +25,7 @@ def test_there_are_commands() -> None:
     assert len(COMMANDS) == 3 and len(INLINE) == 2
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *INLINE])
+@pytest.mark.parametrize("command", dict.fromkeys([*COMMANDS, *INLINE]))
 def test_the_commands_run(command: str, tiny_llama: Path, data_file: Path, tmp_path: Path) -> None:
     mapping = config(tiny_llama, data_file, Path("runs/demo"), train={"max_steps": 2}).to_mapping()
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(mapping))

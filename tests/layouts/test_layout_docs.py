@@ -43,7 +43,8 @@ def test_the_sizes(line: str, folder: Path) -> None:
 @pytest.mark.parametrize("text", [PAGE, SECTION], ids=["page", "readme"])
 def test_the_explanation(text: str, folder: Path) -> None:
     [line] = [line for block in blocks(text, "bash") for line in block.splitlines() if "--explain" in line]
-    assert "weights:" in run(line, folder).stdout and "= 4" in run(line, folder).stdout
+    said = run(line, folder).stdout
+    assert "weights:" in said and "= 4" in said
 
 
 def test_a_run_moves_to_another_layout(folder: Path) -> None:

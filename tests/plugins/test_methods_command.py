@@ -28,6 +28,7 @@ from collie_core.train.setup import checked_plugins
 OPTIMIZERS = {m.name: m for m in methods() if m.kind == "optimizer" and m.status != "missing"}
 ADAPTERS = {m.name: m for m in methods() if m.kind == "adapter" and m.status != "missing"}
 CASES = [(name, options) for name, method in OPTIMIZERS.items() for options in method.states]
+INSTALLED = Registry()
 #: word -> layouts of which one at least is accepted
 UNDER: dict[str, list[dict[str, Any]]] = {
     "zero": [{"dp_size": 2, "layout": {"zero_stage": 3}}],
@@ -40,7 +41,7 @@ UNDER: dict[str, list[dict[str, Any]]] = {
 def accepted(word: str, **sections: Any) -> bool:
     """Whether the plugins' own checks let a method train under a layout."""
     return any(
-        not checked_plugins(CollieConfig(model={"path": "model"}, **sections, **keys))[2]
+        not checked_plugins(CollieConfig(model={"path": "model"}, **sections, **keys), INSTALLED)[2]
         for keys in UNDER[word]
     )
 
