@@ -88,8 +88,9 @@ class Runs:
 
 LORA = {"adapters": [{"name": "lora", "r": 4}]}
 NO_CPU_ADAM = {"zero_force_ds_cpu_optimizer": False}
+STAGES = {f"zero{stage}": deepspeed(stage) for stage in range(4)}
 CASES: dict[str, dict[str, Any]] = {
-    **{f"zero{stage}": deepspeed(stage) for stage in range(4)},
+    **STAGES,
     "offload2": deepspeed(2, offload="optimizer", ds_config=NO_CPU_ADAM),
     "offload3_recompute": {
         **deepspeed(3, offload="cpu", ds_config=NO_CPU_ADAM),
@@ -111,29 +112,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, data: Path)
     folder = tmp_path_factory.mktemp("deepspeed")
 
     def one(name: str, **changes: Any) -> dict[str, Any]:
-        return {"config": config(tiny_llama, data, folder / name, **changes)}
+        return {"config": config(tiny_llama, data, folder / name, **{"data": {"eval": None}, **changes})}
+
+    def evaluated(name: str, **changes: Any) -> dict[str, Any]:
+        return {**one(name, data={}, **changes), "prompt": PROMPT}
 
     native = [
-        {**one("native"), "prompt": PROMPT},
+        evaluated("native"),
         one("native_bf16", model={"dtype": "bfloat16"}),
         one("native_lora", **LORA),
         {**one("alone", layout={"name": "deepspeed", "zero_stage": 2})},
         {**one("alone_again", layout={"name": "deepspeed", "zero_stage": 3})},
         one("native_afterwards"),
-        {**one("native_nan", train={"on_nan": "skip"}, data={"eval": None}), "nan_at": 2},
+        {**one("native_nan", train={"on_nan": "skip"}), "nan_at": 2},
     ]
     printed = {"native": run(folder, native, 1)}
-    jobs = [one(name, **changes) for name, changes in CASES.items()]
-    for job in jobs[:4]:
-        job["prompt"] = PROMPT
+    jobs = [(evaluated if name in STAGES else one)(name, **changes) for name, changes in CASES.items()]
     for stage in (2, 3):
         jobs.append(one(f"bf16_{stage}", model={"dtype": "bfloat16"}, **deepspeed(stage)))
     for stage in (0, 2, 3):
         jobs.append(one(f"lora{stage}", **LORA, **deepspeed(stage)))
-        poisoned = one(f"nan{stage}", train={"on_nan": "skip"}, data={"eval": None}, **deepspeed(stage))
+        poisoned = one(f"nan{stage}", train={"on_nan": "skip"}, **deepspeed(stage))
         jobs.append({**poisoned, "nan_at": 2})
     lines = run(folder, jobs, 2)
-    printed |= {f"zero{stage}": lines[2 * stage : 2 * stage + 2] for stage in range(4)}
+    printed |= {name: lines[2 * stage : 2 * stage + 2] for stage, name in enumerate(STAGES)}
     resumed = []
     for stage in range(4):
         interrupted(folder / f"zero{stage}", folder / f"resumed{stage}")
@@ -170,7 +172,7 @@ def test_adapters_train_as_on_one_native_process(runs: Runs, stage: int) -> None
     assert_equal_runs(runs["native_lora"], runs[f"lora{stage}"])
 
 
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", STAGES)
 def test_evaluation_equals_one_native_process(runs: Runs, name: str) -> None:
     def evaluations(out: Path) -> list[dict[str, float]]:
         return [line for line in all_lines(out) if "loss" not in line]
@@ -182,7 +184,7 @@ def test_evaluation_equals_one_native_process(runs: Runs, name: str) -> None:
     assert runs.printed[name][1] == pytest.approx(runs.printed["native"][1], rel=2e-6)
 
 
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", STAGES)
 def test_generation_gives_the_same_tokens(runs: Runs, name: str) -> None:
     assert len(runs.printed[name][0][0]) == len(PROMPT) + 8
     assert runs.printed[name][0] == runs.printed["native"][0]
