@@ -139,16 +139,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, data: Path)
     resumed = []
     for stage in range(4):
         interrupted(folder / f"zero{stage}", folder / f"resumed{stage}")
-        resumed.append(one(f"resumed{stage}", **deepspeed(stage)))
+        resumed.append(one(f"resumed{stage}", data={}, **deepspeed(stage)))
     interrupted(folder / "bf16_2", folder / "resumed_bf16")
     resumed.append(one("resumed_bf16", model={"dtype": "bfloat16"}, **deepspeed(2)))
     interrupted(folder / "native", folder / "from_native")
-    resumed.append(one("from_native", **deepspeed(3)))
+    resumed.append(one("from_native", data={}, **deepspeed(3)))
     interrupted(folder / "zero1", folder / "other_stage")
-    resumed.append(one("other_stage", **deepspeed(3)))
+    resumed.append(one("other_stage", data={}, **deepspeed(3)))
     run(folder, resumed, 2)
     interrupted(folder / "zero3", folder / "to_native")
-    run(folder, [one("to_native")], 1)
+    run(folder, [one("to_native", data={})], 1)
     return Runs(folder, printed)
 
 
