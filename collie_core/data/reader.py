@@ -81,9 +81,9 @@ class DataReader:
     def largest_micro_batch(self) -> int:
         """Positions, padding included, of the largest micro-batch that may come."""
         rows = self._global_rows // self._ranks
-        pieces = -(-rows // self._micro_batch_size) if self._count is None else self._count(rows)
+        size = self._micro_batch_size if self._count is None else -(-rows // min(self._count(rows), rows))
         longest = self._max_length if self._packing else int(self.dataset.lengths.max())
-        return -(-rows // min(pieces, rows)) * padded_length(longest, self._max_length)
+        return size * padded_length(longest, self._max_length)
 
     def state(self) -> dict[str, int]:
         """The position after the last step that was handed out: `epoch`, and `row` within it."""

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from collie_core.config.checks import accumulation_steps
 from collie_core.errors import UserError
 from collie_core.layouts.build import Placed, build, has_weights, read_from
+from collie_core.layouts.explain import passes_alive
 from collie_core.layouts.partition import partition
 from collie_core.layouts.stage import Stage
 from collie_core.layouts.tensor_parallel import Cutter, TensorParallel, check_heads
@@ -83,7 +83,7 @@ def place_parts(
     ops = ops if vocabulary is None else ops.for_vocabulary(vocabulary.summed_nll, vocabulary.width)
     stages = _stages(model, run, ops, grid, stretches, trains, tp, vocabulary)
     shards = _held(stages, names, shards, grid, ends)
-    agree, alive = _agreement(grid), _alive(run, grid, options)
+    agree, alive = _agreement(grid), passes_alive(run.config, options, grid.pp.rank)
     for stage in stages:
         stage.resolve(training, agree, may_compile=options.offload == "none", alive=alive)
     _make_room(model, stages, grid, options, given)
@@ -298,18 +298,6 @@ def _agreement(grid: Grid) -> Callable[[int], int]:
         return int(common)
 
     return agree
-
-
-def _alive(run: Run, grid: Grid, options: NativeOptions) -> int:
-    """Passes that this rank has begun and not ended at once, at most."""
-    if grid.pp.size == 1:
-        return 1
-    from collie_core.layouts.pipeline import actions, most_alive
-
-    rows = run.config.train.micro_batch_size * accumulation_steps(run.config)
-    micros = options.micro_batches(rows, run.config.train.micro_batch_size, grid.pp.size)
-    stretches = options.stretches(grid.pp.size)
-    return most_alive(actions(options.pp_schedule, grid.pp.size, grid.pp.rank, stretches, micros))
 
 
 def _make_room(

@@ -87,15 +87,22 @@ def micro_batches(config: CollieConfig, options: NativeOptions) -> int:
     return min(rows, options.micro_batches(rows, config.train.micro_batch_size, config.pp_size))
 
 
-def _pipeline(config: CollieConfig, options: NativeOptions) -> str:
+def passes_alive(config: CollieConfig, options: NativeOptions, rank: int) -> int:
+    """The most passes that a rank of a pipeline has begun and not ended at any time of a full step."""
     from collie_core.layouts.pipeline import actions, most_alive
 
+    ranks = config.pp_size
+    if ranks == 1:
+        return 1
+    count, stretches = micro_batches(config, options), options.stretches(ranks)
+    return most_alive(actions(options.pp_schedule, ranks, rank, stretches, count))
+
+
+def _pipeline(config: CollieConfig, options: NativeOptions) -> str:
     rows = config.train.micro_batch_size * accumulation_steps(config)
     count, ranks = micro_batches(config, options), config.pp_size
     stretches = options.stretches(ranks)
-    alive = [
-        str(most_alive(actions(options.pp_schedule, ranks, rank, stretches, count))) for rank in range(ranks)
-    ]
+    alive = [str(passes_alive(config, options, rank)) for rank in range(ranks)]
     least, more = divmod(rows, count)
     idle = (ranks - 1) / (stretches * count + ranks - 1)
     through = f", each through {stretches} stretches of blocks a rank" if stretches > 1 else ""

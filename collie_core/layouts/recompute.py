@@ -148,27 +148,31 @@ class _Measured:
         backward pass comes after the next one's forward pass, and itself."""
         self.blocks, self.run, self.agree, self.stretch = blocks, run, agree, stretch
         self.alive, self._begun = alive, 0
-        self.recomputed = 0
+        self.recomputed: int | None = None
         self._sizes: BlockSizes | None = None
         self._settled_at = run.step + 2
         self._again = _compiled_too(_full, run)
 
     def __call__(self, h: Tensor, context: Context) -> Tensor:
-        if self.run.step >= self._settled_at:
+        if self.recomputed is not None and self.run.step >= self._settled_at:
             return _run(self.blocks, self.recomputed, self._again, h, context)
-        first = self._sizes is None
-        if self._sizes is None:
-            self._sizes = self._measure(h, context)
-        asked = self._sizes.recomputed(len(self.blocks), _usable(h.device), self.alive, self._begun)
-        asked = asked if self.agree is None else self.agree(asked)
-        if first or asked > self.recomputed:
-            self.recomputed = max(asked, self.recomputed)
-            self._tell(self.recomputed)
+        self.recomputed = self._choose(h, context)
         h = _run(self.blocks, self.recomputed, self._again, h, context)
         if h.requires_grad:
             self._begun += 1
             h.register_hook(self._ends)
         return h
+
+    def _choose(self, h: Tensor, context: Context) -> int:
+        """As many as before, or more."""
+        if self._sizes is None:
+            self._sizes = self._measure(h, context)
+        asked = self._sizes.recomputed(len(self.blocks), _usable(h.device), self.alive, self._begun)
+        asked = asked if self.agree is None else self.agree(asked)
+        if self.recomputed is not None and asked <= self.recomputed:
+            return self.recomputed
+        self._tell(asked)
+        return asked
 
     def _ends(self, _gradient: Tensor) -> None:
         self._begun -= 1

@@ -23,7 +23,6 @@ def train_loop(session: Session, signals: StopSignals) -> None:
     """
     run, config, layout, plugins = session.run, session.run.config, session.layout, session.plugins
     epoch: int | None = None
-    first = run.step + 1
     plugins.broadcast("collie_run_start", run=run)
     for batch in session.reader.steps(run.total_steps):
         if batch.epoch != epoch:
@@ -41,8 +40,7 @@ def train_loop(session: Session, signals: StopSignals) -> None:
             _not_finite(session, batch, figures)
         run.step = batch.step
         session.position = session.reader.state()
-        if run.step <= first + 1:
-            session.note_choices()
+        session.note_choices()
 
         # ---------------------------------------------------------------- its end, and its figures
         metrics = _metrics(batch, lr, figures, seconds, session.peak_memory_gib())

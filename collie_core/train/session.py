@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ class Session:
 
     position: the reader's state after the last finished step.  stop: the last agreement.
     saved: the step of the newest checkpoint, 0 where there is none.  done: an earlier start did all of it.
+    noted: what `run.json` says of `run.resolved`.
     """
 
     run: Run
@@ -62,6 +64,7 @@ class Session:
     stop: Stop = field(default_factory=Stop)
     saved: int = 0
     done: bool = False
+    noted: dict[str, Any] = field(default_factory=dict)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line in metrics.jsonl, and to every monitor; the first process's business."""
@@ -164,13 +167,13 @@ class Session:
 
     def start(self) -> None:
         """Open the output folder and the monitors; from here on the run writes."""
-        from collie_core.train.output import write_config, write_run_json
+        from collie_core.train.output import write_config
 
         run = self.run
         if not run.first:
             return
         write_config(run)
-        write_run_json(run, self.plugins)
+        self._write_run_json()
         self.metrics_file.truncate_after(run.step)
         self.checkpoints.set_aside_after(run.step)
         run.show = self.text
@@ -181,20 +184,23 @@ class Session:
                 self._report(plugin.label, error)
 
     def note_choices(self) -> None:
-        """`run.json` again, with what the first steps have resolved."""
+        """`run.json` again where a step has resolved something."""
+        if self.run.first and self.run.resolved != self.noted:
+            self._write_run_json()
+
+    def _write_run_json(self) -> None:
         from collie_core.train.output import write_run_json
 
-        if self.run.first:
-            write_run_json(self.run, self.plugins)
+        self.noted = deepcopy(self.run.resolved)
+        write_run_json(self.run, self.plugins)
 
     def finish(self) -> None:
         """The export: the model in Hugging Face layout, or the adapters in that of their libraries."""
-        from collie_core.train.output import export_adapters, export_final, write_run_json
+        from collie_core.train.output import export_adapters, export_final
 
         run = self.run
         self.settle()
-        if run.first:
-            write_run_json(run, self.plugins)  # with what was resolved in the first step
+        self.note_choices()
         if run.added:
             path = export_adapters(run, self.layout)
         else:
