@@ -142,7 +142,8 @@ class Optimizer(Protocol):
 
         An optional method `update_all(gradients, finite)` is called instead, after `begin_pass`, with each
         (name, parameter, gradient) as the backward pass left it, which the optimizer frees when it is used;
-        all as in `update`.  So gradients need not be copied to be scaled."""
+        all as in `update`.  So gradients need not be copied to be scaled.  Where a property
+        `skips_on_device` is true, it is called before the host knows whether they are `finite`."""
 
     def state_dict(self) -> Mapping[str, Any]:
         """State tensors (or pieces) under flat names `<parameter name>.<state>`; live tensors, not copies.

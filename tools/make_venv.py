@@ -157,7 +157,7 @@ def install(venv: Path, mode: str) -> bool:
     chosen.write_text("\n".join(constraints) + "\n")
     pip = [str(venv / "bin/python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    builders = ["hatchling", "editables", "setuptools", "wheel"]  # the last two for deepspeed, which has no wheel
+    builders = ["hatchling", "editables", "setuptools", "wheel"]  # the last two for deepspeed, a source
     for step in (builders, ["--no-build-isolation", "-r", "requirements-dev.txt"]):
         if subprocess.run([*pip, "-c", str(chosen), *step], cwd=ROOT, env=environment).returncode:
             return False

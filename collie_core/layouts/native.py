@@ -178,10 +178,13 @@ class NativeLayout:
             norm = measured if name in ("norm", "update") else None
         assert norm is not None
         finite = torch.isfinite(loss) & torch.isfinite(norm)
-        # the one place where the step waits for the device; an optimizer that follows the backward pass is
-        # asked for after it, since it may not be asked at all
+        follows = not self.optimizer.in_backward
+        unasked = follows and getattr(self.optimizer, "skips_on_device", False)
+        if unasked:
+            self._step(lr, norm, finite)
+        # the one place where the step waits for the device
         figures = torch.stack([loss, norm, torch.isfinite(loss).float(), finite.float()]).tolist()
-        if not self.optimizer.in_backward and figures[-1]:
+        if follows and not unasked and figures[-1]:
             self._step(lr, norm, finite)
         self.gradients.drop()
         return self._figures(*figures)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
+    from collie_core.layouts.recompute import RecomputedBlock
     from collie_core.ops import Context
 
 
@@ -21,8 +21,9 @@ class Offloaded:
     The buffers in host memory are used again, step after step.
     """
 
-    def __init__(self, blocks: list[nn.Module], device: torch.device) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: list[nn.Module], device: torch.device, again: RecomputedBlock) -> None:
+        """again: runs a block whose backward pass computes it again."""
+        self.blocks, self._again = blocks, again
         self._host = _HostBuffers(torch.cuda.Stream(device))
 
     @property
@@ -36,7 +37,7 @@ class Offloaded:
         for index, block in enumerate(self.blocks):
             kept = _Input(self._host, h, before, stays=index == len(self.blocks) - 1)
             with saved_tensors_hooks(kept.pack, kept.unpack):
-                h = checkpoint(block, h, context, use_reentrant=False)
+                h = self._again(block, h, context)
             before = kept
         return h
 

@@ -7,10 +7,10 @@ docs/decisions/recomputation.md).  `offload` is `full` with the blocks' inputs i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from sys import stderr
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +68,7 @@ def _runner(blocks: list[nn.Module], mode: str | int, run: Run) -> BlockRunner:
     if mode == "offload" and run.device.type == "cuda":
         from collie_core.layouts.offload import Offloaded
 
-        return Offloaded(blocks, run.device)
+        return Offloaded(blocks, run.device, _compiled_too(_full, run))
     recomputed = {"none": 0, "full": len(blocks), "offload": len(blocks)}.get(str(mode), mode)
     assert isinstance(recomputed, int)
     return partial(_run, blocks, recomputed, _compiled_too(_full, run))
@@ -183,7 +183,7 @@ class _Measured:
         resolved[key] = chosen if self.stretch is None else {**resolved.get(key, {}), self.stretch: chosen}
         if self.run.first:
             told = f"train.{key}: auto: {chosen} of {len(self.blocks)} blocks are recomputed"
-            print(told, file=stderr, flush=True)
+            print(told, file=sys.stderr, flush=True)
 
     def _measure(self, h: Tensor, context: Context) -> BlockSizes:
         """What the first block keeps, for a micro-batch of the largest size."""

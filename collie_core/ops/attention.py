@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from collie_core.ops.context import Context
 
@@ -27,6 +28,9 @@ class Scores:
 
 
 PLAIN = Scores()
+#: Not cuDNN: with a mask its gradient of the queries is wrong for lengths of 128 n + 64 (seen with torch 2.11
+#: on an H200, and https://github.com/pytorch/pytorch/issues/196678).
+_TAKES_MASKS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Attention(Protocol):
@@ -100,9 +104,10 @@ def sdpa(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
         )
     mask = dense_mask(ctx, queries, keys, window)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
-    )
+    with sdpa_kernel(_TAKES_MASKS):
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
+        )
 
 
 def dense_mask(ctx: Context, queries: int, keys: int, window: int | None = None) -> Tensor:

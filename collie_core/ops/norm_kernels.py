@@ -10,7 +10,7 @@ import triton.language as tl
 from collie_core.ops.rounding_kernels import _piece
 
 
-@triton.jit(do_not_specialize=["numel"])
+@triton.jit
 def partial_squares(values, found, numel, BLOCK: tl.constexpr):
     """The sum of squares of each block."""
     first, offset, inside = _piece(numel, BLOCK)

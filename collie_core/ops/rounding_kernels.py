@@ -7,7 +7,7 @@ Imported only where Triton is used, which reads the functions' source and annota
 import triton
 import triton.language as tl
 
-_SCALARS = ["numel", "length", "origin", "key"]
+_SCALARS = ["length", "origin", "key"]
 
 
 @triton.jit

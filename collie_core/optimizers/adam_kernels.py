@@ -10,7 +10,7 @@ from triton.language.extra import libdevice
 
 from collie_core.ops.rounding_kernels import _counter, _piece, _stochastic_bfloat16, _true_gradient
 
-_SCALARS = ["rate", "decay", "grad_scale", "numel", "length", "origin", "key", "average_origin"]
+_SCALARS = ["rate", "decay", "grad_scale", "length", "origin", "key", "average_origin"]
 _SCALARS += ["average_key", "square_origin", "square_key"]
 
 

@@ -22,11 +22,11 @@ _BLOCK = 1024
 STATES = ("exp_avg", "exp_avg_sq")
 
 
-def serves(optimizer: torch.optim.Optimizer, target: Tensor, gradient: Tensor, finite: Tensor) -> bool:
-    """Whether the kernel does what `optimizer`, with one parameter, would do."""
+def serves(optimizer: torch.optim.Optimizer, *tensors: Tensor) -> bool:
+    """Whether the kernel does with these tensors what `optimizer`, with one parameter, would do."""
     group = optimizer.param_groups[0]
     plain = type(optimizer) is torch.optim.AdamW and not (group["amsgrad"] or group["maximize"])
-    return plain and rounding_triton.serves(target, gradient, finite)
+    return plain and rounding_triton.serves(*tensors)
 
 
 def step(

@@ -117,22 +117,31 @@ class ShadowedOptimizer(FusedOptimizer):
             return
         self._update(part, gradient, finite)
 
-    def _update(self, part: _Part, gradient: Tensor, finite: Tensor) -> None:
+    @property
+    def skips_on_device(self) -> bool:
+        """See `collie_core.hookspecs.Optimizer`: every update is by the kernel."""
+        return all(
+            part.alone is not None and adam_triton.serves(part.optimizer, part.alone.local)
+            for part in self.parts
+        )
+
+    def _update(self, part: _Part, gradient: Tensor, finite: Tensor, unasked: bool = False) -> None:
+        """unasked: the host does not know yet whether it is `finite`."""
         assert part.alone is not None
         part.settings["lr"] = self.lr * part.settings["lr_scale"]
         if adam_triton.serves(part.optimizer, part.alone.local, gradient, finite):
             self._step_in_one(part, gradient, finite)
-        else:
+        elif not unasked or bool(finite):
             scale = (self.loss_scale, self.grad_scale, self.clip_grad_value)
             self._step_alone(part, scaled_gradient(gradient, *scale))
 
     @torch.no_grad()
     def update_all(self, gradients: Iterable[tuple[str, nn.Parameter, Tensor]], finite: Tensor) -> None:
         """Every parameter's step; see `collie_core.hookspecs.Optimizer`."""
-        together = False
+        together, unasked = False, self.skips_on_device
         for name, parameter, gradient in gradients:
             if name in self._part_of:
-                self._update(self._part_of[name], gradient, finite)
+                self._update(self._part_of[name], gradient, finite, unasked)
                 parameter.grad = None
             else:
                 scale = (self.loss_scale, self.grad_scale, self.clip_grad_value)

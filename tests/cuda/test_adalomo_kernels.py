@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def trained(device: str, start: Tensor, scale: float) -> tuple[Tensor, dict[str, Any]]:
-    weight = nn.Parameter(start.to(device))
+    weight = nn.Parameter(start.to(device, copy=True))
     group = ParameterGroup({"w": weight}, 1.0, 0.1)
     optimizer = AdaLomoOptimizer([group], clip_grad_value=0.8, seed=3)
     generator = torch.Generator().manual_seed(1)

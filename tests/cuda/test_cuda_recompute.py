@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from collie_core import CollieConfig
 from collie_core.layouts.offload import Offloaded
@@ -121,7 +123,8 @@ def test_offload_gives_the_numbers_of_full_and_uses_its_buffers_again() -> None:
 
 def test_a_graph_that_is_dropped_gives_its_buffers_back() -> None:
     model, _ = make()
-    run_blocks = Offloaded(list(model.blocks.values()), CUDA)
+    again = partial(checkpoint, use_reentrant=False)
+    run_blocks = Offloaded(list(model.blocks.values()), CUDA, again)
     for _ in range(3):
         ctx = model.prepare_context(context(True))
         out = run_blocks(model.embed(ctx.input_ids, ctx), ctx)
