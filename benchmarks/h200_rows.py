@@ -111,7 +111,8 @@ ROWS = (
         "lomo-batch1",
         LOMO,
         (
-            Ours("bf16", tok_s=8_800, gib=14.0),
+            Ours("bf16"),
+            Ours("bf16-full", "full", tok_s=8_800, gib=14.0),
             Ours("float8", sections=FLOAT8, tok_s=15_000),
             Peer("lomo-optim", "lomo"),
         ),

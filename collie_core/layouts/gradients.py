@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from collie_core.layouts.ties import part_of
 from collie_core.ops import norm_triton
+from collie_core.optimizers.gradients import sum_of_squares
 from collie_core.shard import Shard
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class GradientFlow:
         if norm_triton.serves(gradient):
             square, finite = norm_triton.squares(gradient, self.finite if updates else None)
         else:
-            square, finite = _sum_of_squares(gradient), None
+            square, finite = sum_of_squares(gradient), None
         self._squares.append(square / shard.copies if shard.copies > 1 else square)
         if updates:
             assert self.update is not None and self.finite is not None
@@ -234,10 +235,3 @@ def _local(gradient: Tensor) -> Tensor:
     """This rank's part of a gradient."""
     part = getattr(gradient, "to_local", None)  # a DTensor's, which takes a second to import
     return gradient if part is None else part()
-
-
-def _sum_of_squares(gradient: Tensor) -> Tensor:
-    """0-d, fp32.  On the CPU row by row: over 768,072 elements at once torch loses five digits."""
-    if gradient.device.type == "cpu" and gradient.ndim > 1:
-        return torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square().sum()
-    return torch.linalg.vector_norm(gradient, dtype=torch.float32).square()

@@ -88,6 +88,7 @@ class NativeLayout:
         self.pipeline = self._pipeline()
         if make_optimizer is None:
             return
+        self._modules = [module for stage in self.stages for module in stage.modules()]
         trainable = self.placed.trainable
         self.loss_scale = LossScale(next(iter(self.placed.parameters.values())).dtype)
         self.needs_norm = config.optimizer.clip_grad_norm is not None or self.loss_scale.enabled
@@ -164,8 +165,9 @@ class NativeLayout:
 
         assert self.optimizer is not None
         self.placed.read_from = None
-        for stage in self.stages:
-            stage.train()
+        if not all(module.training for module in self._modules):  # telling hundreds takes a millisecond
+            for stage in self.stages:
+                stage.train()
         names = self.optimizer.passes(step_batch)
         if not self._in_hooks:  # all gradients are kept anyway: no pass of its own is needed for the norm
             names = [name for name in names if name != "norm"]

@@ -1,7 +1,8 @@
-"""The true gradient behind what the backward pass left."""
+"""The true gradient behind what the backward pass left, and the size of a tensor."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -24,3 +25,11 @@ def scaled_gradient(
     if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
         result = result * grad_scale
     return result
+
+
+def sum_of_squares(tensor: Tensor) -> Tensor:
+    """Over all elements: 0-d, fp32.  On the CPU row by row: over a matrix of 4096 x 4096 at once torch is
+    0.1 % off."""
+    if tensor.device.type == "cpu" and tensor.ndim > 1:
+        return torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32).square().sum()
+    return torch.linalg.vector_norm(tensor, dtype=torch.float32).square()

@@ -249,7 +249,7 @@ class Rprop(TorchOptimizerPlugin):
 class SGD(TorchOptimizerPlugin):
     """Stochastic gradient descent, with momentum if asked."""
 
-    default_lr = 1e-2
+    default_lr = 2e-2
     state_bytes = {
         "": {"element": 0},
         "momentum: 0.9": {"element": 4},

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from collie_core.optimizers.descent import descend
 from collie_core.optimizers.fused import FusedOptimizer
-from collie_core.optimizers.gradients import scaled_gradient
+from collie_core.optimizers.gradients import scaled_gradient, sum_of_squares
 from collie_core.run import ParameterGroup
 from collie_methods.lomo import adalomo_triton, rules
 
@@ -76,7 +76,7 @@ class AdaLomoOptimizer(FusedOptimizer):
         gradient = scaled_gradient(gradient, self.loss_scale, self.grad_scale, self.clip_grad_value)
         rule = rules.matrix_update if weight.ndim >= 2 else rules.vector_update
         update = rule(gradient, **state, finite=finite, shard=shard)
-        squares = rules.sum_of_squares(weight), rules.sum_of_squares(update)
+        squares = sum_of_squares(weight), sum_of_squares(update)
         rate, decay = rules.rates(*squares, lr, wd, shard)
         descend(weight, update, noise, finite=finite, rate=rate, decay=decay)
 

@@ -31,8 +31,8 @@ class LomoPlugin:
 
     collie_api = 1
     in_backward = True
-    default_lr = 1e-2
-    default_lr_clipped = 3e-2  # clipped steps are shorter; see the table of docs/methods.md
+    default_lr = 2e-2
+    default_lr_clipped = 1e-1  # clipped steps are shorter; see the table of docs/methods.md
     state_bytes = {"": {"element": 0}}
     supports = ("zero", "tp", "pp", "adapters")
     Options = FusedOptions

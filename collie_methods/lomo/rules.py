@@ -68,11 +68,6 @@ def rates(
     return a / of_u.clamp(min=1.0), a * weight_decay if weight_decay else 0.0
 
 
-def sum_of_squares(tensor: Tensor) -> Tensor:
-    """Over all elements: 0-d, fp32."""
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32).square()
-
-
 def _count(t: Tensor, finite: Tensor) -> Tensor:
     """Count this update in t if it happens; returns 1 - beta_t = t^-0.8."""
     t.add_(finite)

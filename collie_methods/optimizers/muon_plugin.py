@@ -36,7 +36,7 @@ class MuonPlugin:
 
     collie_api = 1
     elementwise = False
-    default_lr = 2e-5
+    default_lr = 6e-5
     state_bytes = {"": {"block matrix element": 4, "other element": 8}}
     supports = ("pp", "adapters")
     Options = MuonOptions

@@ -258,7 +258,11 @@ def main(job: Path) -> None:
 
 def serve() -> None:
     """Fork the ranks of each job that a line of the standard input describes; print their exit statuses."""
+    # peft imports bitsandbytes, which begins to use a CUDA device: ranks forked after that could not
+    with_device = Path("/dev/nvidiactl").exists()
     for module in PRELOADED:
+        if module == "peft" and with_device:
+            continue
         with suppress(ModuleNotFoundError):
             importlib.import_module(module)
     for line in sys.stdin:
