@@ -82,10 +82,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, S, E) -> (B, S, E)."""
-        # in two dimensions, as the products are: compiled code may then write over what it has read
-        gate, up = self.gate_proj(x).flatten(0, 1), self.up_proj(x).flatten(0, 1)
-        inner = (self.activation(gate) * up).unflatten(0, x.shape[:2])
-        out: Tensor = self.down_proj(inner)
+        out: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
         return out
 
 

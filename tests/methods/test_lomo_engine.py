@@ -78,10 +78,10 @@ def test_settings_reach_the_optimizer(tmp_path: Path) -> None:
 
 
 def test_each_has_its_own_default_rate() -> None:
-    assert (LomoPlugin.default_lr, AdaLomoPlugin.default_lr) == (1e-2, 5e-4)
+    assert (LomoPlugin.default_lr, AdaLomoPlugin.default_lr) == (2e-2, 5e-4)
 
 
-@pytest.mark.parametrize(("clip", "lr"), [(None, 1e-2), (1.0, 3e-2)])
+@pytest.mark.parametrize(("clip", "lr"), [(None, 2e-2), (1.0, 1e-1)])
 def test_clipped_steps_have_a_default_rate_of_their_own(
     clip: float | None, lr: float, tmp_path: Path, tiny_llama: Path, data_file: Path
 ) -> None:
