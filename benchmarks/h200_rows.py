@@ -18,7 +18,7 @@ class Ours:
     """
 
     name: str
-    recompute: str = "auto"
+    recompute: str | int = "auto"
     sections: dict[str, Any] = field(default_factory=dict)
     tok_s: float | None = None
     gib: float | None = None
@@ -66,9 +66,11 @@ ROWS = (
         LOMO,
         (
             Ours("bf16", tok_s=14_300),
-            Ours("bf16-full", "full", tok_s=11_500, gib=19.5),
+            Ours("bf16-full", "full"),
+            Ours("bf16-offload", "offload", tok_s=11_500, gib=19.5),
             Ours("float8", sections=FLOAT8, tok_s=20_000),
-            Ours("float8-full", "full", FLOAT8, tok_s=15_500, gib=19.5),
+            Ours("float8-full", "full", FLOAT8),
+            Ours("float8-offload", "offload", FLOAT8, tok_s=15_500, gib=19.5),
             Ours("rowwise", sections={"plugins": [{"name": "float8", "recipe": "rowwise"}]}),
             Peer("lomo-optim", "lomo"),
         ),
@@ -128,8 +130,8 @@ ROWS = (
         "lomo-65b",
         LOMO,
         (
-            Ours("bf16", "full", tok_s=1_180),
-            Ours("float8", "full", FLOAT8, tok_s=1_430),
+            Ours("bf16", 70, tok_s=1_180),
+            Ours("float8", 70, FLOAT8, tok_s=1_430),
             Peer("lomo-optim", "lomo"),
         ),
         shape="65b",
@@ -138,7 +140,7 @@ ROWS = (
     Row(
         "lomo-32k",
         LOMO,
-        (Ours("bf16-full", "full", tok_s=7_200, gib=40.0), Peer("lomo-optim", "lomo")),
+        (Ours("bf16-selective", "selective", tok_s=7_200, gib=40.0), Peer("lomo-optim", "lomo")),
         batch=1,
         length=32_768,
     ),
