@@ -101,7 +101,7 @@ class Lomo(_FusedLoop):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 1e-2,
+        lr: float = 2e-2,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
         weight_decay: float = 0.0,
