@@ -237,9 +237,10 @@ def test_a_non_finite_loss_names_the_records(
     assert status == 0 and "the step was skipped" in err
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["lomo", "adalomo", "adamw"])
 def test_a_skipped_step_changes_nothing(
-    tiny_llama: Path, data_file: Path, tmp_path: Path, optimizer: str
+    tiny_llama: Path, data_file: Path, tmp_path: Path, optimizer: str, dtype: str
 ) -> None:
     from training_helpers import largest_difference, weights
 
@@ -260,6 +261,7 @@ def test_a_skipped_step_changes_nothing(
             tiny_llama,
             data_file,
             tmp_path / name,
+            model={"dtype": dtype},
             optimizer=section,
             train={"max_steps": steps, "on_nan": "skip"},
         )
