@@ -54,6 +54,8 @@ class GenerationOptions:
             raise UserError(
                 f"generate: temperature={self.temperature}, expected above 0 (do_sample=False is greedy)"
             )
+        if self.top_k < 0:
+            raise UserError(f"generate: top_k={self.top_k}, expected 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"generate: top_p={self.top_p}, expected above 0 and at most 1")
         if self.repetition_penalty <= 0:

@@ -176,12 +176,16 @@ def _newest(folder: Path, result: Path | None, weights: bool) -> Path | None:
 
 
 def _of_checkpoint(checkpoint: Path, weights: bool) -> ModelSource:
-    config = read_state(checkpoint).get("config", {})
+    state = read_state(checkpoint)
+    config = state.get("config", {})
     sections = config.get("adapters")
     if not sections:
         return ModelSource(checkpoint / "model_files", checkpoint)
     model = config["model"]
-    base = _base(model["path"], model.get("revision"), weights, f"{checkpoint}: its run's model.path")
+    # a relative path would name another model, or none, where we are not in the run's working directory
+    known = state.get("model_path")
+    path = known if isinstance(known, str) and Path(known).is_dir() else model["path"]
+    base = _base(path, model.get("revision"), weights, f"{checkpoint}: its run's model.path")
     specs = tuple(AdapterSpec.of_section(section) for section in sections)
     return replace(base, adapters=specs, trained=checkpoint)
 

@@ -57,16 +57,18 @@ def write_run_json(run: Run, plugins: RunPlugins) -> None:
 
 def checkpoint_state(run: Run, position: Any, data_fingerprint: str) -> dict[str, Any]:
     """What a checkpoint holds beside tensors: step, place in the data, random state of every process, config,
-    autos."""
+    autos; `model_path` is where the model lies, from whichever folder it is asked."""
     from collie_core.checkpoint.rng import rng_state
     from collie_core.together import gather
 
+    path = run.config.model.path
     return {
         "step": run.step,
         "position": position,
         "data": data_fingerprint,
         "rng": gather(rng_state(), run.control),
         "config": run.config.to_mapping(),
+        "model_path": str(Path(path).resolve()) if Path(path).is_dir() else path,
         "resolved": _merged(gather(run.resolved, run.control)),
         "provider": run.source.name if run.source else None,
     }

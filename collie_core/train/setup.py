@@ -66,10 +66,19 @@ def select_plugins(config: CollieConfig, plugins: RunPlugins) -> None:
     from collie_core.train.evaluation import EVALUATORS
 
     check_names(config.ops.attention, config.ops.cross_entropy)
+    names: set[str] = set()
     for index, evaluator in enumerate(config.evaluate.evaluators):
-        if evaluator.name not in EVALUATORS:
-            message = f"unknown evaluator {evaluator.name!r}{nearest(evaluator.name, EVALUATORS)}"
-            raise config.problems(ConfigProblems([(("evaluate", "evaluators", index, "name"), message)]))
+        at: Key = ("evaluate", "evaluators", index)
+        name = evaluator.name
+        if name not in EVALUATORS:
+            wrong = [((*at, "name"), f"unknown evaluator {name!r}{nearest(name, EVALUATORS)}")]
+        else:  # none has options yet, and figures are known by the evaluator's name
+            wrong = [((*at, key), f"unknown key: {name} has no options") for key in evaluator.options]
+            if name in names:
+                wrong.append(((*at, "name"), f"{name!r} is there already"))
+        if wrong:
+            raise config.problems(ConfigProblems(wrong))
+        names.add(name)
 
 
 def check_run(config: CollieConfig) -> list[str]:

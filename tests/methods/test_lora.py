@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapter_runs import adapter_of, lora_config, own_logits, peft_logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training_helpers import config, losses, metrics
 
@@ -43,6 +44,24 @@ def test_peft_gives_the_logits_of_the_trained_adapter(
     model.merge_adapters()
     model.save_pretrained(tmp_path / "merged")
     assert float((ours - own_logits(tmp_path / "merged")).abs().max()) < 2e-5
+
+
+def test_a_checkpoint_finds_a_relative_base_from_any_folder(
+    tiny_llama: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another model bears the same name."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    shutil.copytree(tiny_llama, tmp_path / "here" / "base")
+    monkeypatch.chdir(tmp_path / "here")
+    Trainer(lora_config(Path("base"), data_file, tmp_path / "run")).train()
+    checkpoint = next((tmp_path / "run" / "checkpoints").glob("step_*"))
+    expected = own_logits(checkpoint)
+    shutil.copytree(tiny_llama, tmp_path / "there" / "base")
+    weights = tmp_path / "there" / "base" / "model.safetensors"
+    save_file({name: tensor * 0.5 for name, tensor in load_file(weights).items()}, weights)
+    monkeypatch.chdir(tmp_path / "there")
+    assert torch.equal(own_logits(checkpoint), expected)
 
 
 def of(folder: Path) -> dict[str, Tensor]:

@@ -209,6 +209,7 @@ def test_leaves_the_model_as_it_was(model: CausalLM) -> None:
     ("options", "message"),
     [
         ({"temperature": 0.0, "do_sample": True}, "temperature=0.0, expected above 0"),
+        ({"top_k": -3}, "top_k=-3, expected 0"),
         ({"top_p": 0.0}, "top_p=0.0, expected above 0"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),

@@ -63,6 +63,14 @@ def refused(result: tuple[int, str], out: Path, *expected: str) -> None:
         ("monitors=[consol]", ["consol", "did you mean 'console'"]),
         ("layout={name: native, zero_stage: 7}", ["layout.zero_stage: expected 0 or 1 or 2 or 3, got 7"]),
         ("evaluate.evaluators=[perplexty]", ["did you mean 'perplexity'"]),
+        (
+            "evaluate.evaluators=[{name: perplexity, stride: 8}]",
+            ["evaluate.evaluators.0.stride: unknown key: perplexity has no options"],
+        ),
+        (
+            "evaluate.evaluators=[perplexity, perplexity]",
+            ["evaluate.evaluators.1.name: 'perplexity' is there already"],
+        ),
         ("train.activation_checkpointing=9", ["9 blocks, but the model has 2"]),
         ("train.trainable=[nothing.*]", ["'nothing.*' matches no parameter"]),
         ("train.frozen=['*']", ["leaves no parameter to train"]),
