@@ -30,7 +30,9 @@ PARTITIONED = {"layout": {"name": "deepspeed", "zero_stage": 3}}
         (TWICE, {}, "adapter_name: 'a' is the name of two adapters"),
         (OVER_DORA, {}, "DoRA rescales the whole weight, so no other adapter may be there"),
         ([{"init_lora_weights": "pissa", "r": 33}], {}, "r: 33 is above the 32 singular values of"),
-        ([{"init_lora_weights": "olora"}], {}, "adapters.0.init_lora_weights"),
+        ([{"init_lora_weights": "olora"}], {}, "init_lora_weights: expected default or gaussian or pissa or"),
+        ([{"init_lora_weights": "pisa"}], {}, "got 'pisa', did you mean 'pissa'?"),
+        ([{"target_modules": []}], {}, "target_modules: names no linear"),
         ([{"rank": 3}], {}, "adapters.0.rank: unknown key"),
         ([{}], {"train": {"trainable": ["*norm*"]}}, "which is frozen: adapters train their own parameters"),
         ([{"use_dora": True}], PARTITIONED, "set layout to {name: native, zero_stage: 3}"),
@@ -46,8 +48,10 @@ def test_a_config(
     data_file: Path,
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         Trainer(lora_config(tiny_llama, data_file, tmp_path / "run", *sections, **changes)).train()
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(set(lines)), "told twice"
     assert not (tmp_path / "run").exists()
 
 

@@ -271,6 +271,7 @@ def test_no_unquantised_model_is_ever_in_memory(tmp_path: Path) -> None:
         ([base("nf4")], ["nothing is trained on top"]),
         ([base("nf4"), base("int8"), LORA], ["keep one of them"]),
         ([base("int8", skip_modules=["o_prj"]), LORA], ["'o_prj' fits no linear", "o_proj"]),
+        ([base("nf4", skip_modules=["*"]), LORA], ["adapter nf4: skip_modules leaves no linear"]),
         ([base("nf4", block_size=48), LORA], ["block_size", "48"]),
     ],
 )
