@@ -100,7 +100,7 @@ def beside_path(options: Any, allowed: tuple[str, ...]) -> list[str]:
 def deepspeed_zero3(run: Run, what: str, reason: str) -> list[str]:
     """The refusal of DeepSpeed's ZeRO 3; none under another layout or stage."""
     layout = run.config.layout
-    if layout.name != "deepspeed" or layout.options.get("zero_stage") != 3:
+    if layout.name.rpartition(":")[2] != "deepspeed" or layout.options.get("zero_stage") != 3:
         return []
     return [
         Refusal(
