@@ -160,5 +160,5 @@ def describe(schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
             inner = describe(branch["items"], root) if "items" in branch else ""
             words.append(f"a list of {inner}" if inner else "a list")
         elif kind in _TYPES:
-            words.append(_TYPES[kind])
+            words.append(_TYPES[kind] + (f" that matches {branch['pattern']}" if "pattern" in branch else ""))
     return " or ".join(dict.fromkeys(words))

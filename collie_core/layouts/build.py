@@ -133,6 +133,8 @@ def _blocks(model: Any) -> nn.ModuleDict:
 def set_trainable(model: nn.Module, run: Run) -> None:
     """Apply `train.trainable` and `train.frozen`; a parameter must match the one and not the other.
 
+    Raises ConfigProblems for a pattern of these, or of `optimizer.param_groups`, that matches no parameter.
+
     Where there are adapters, what they did not add is frozen, and no pattern may say otherwise.
     """
     train = run.config.train
@@ -150,6 +152,12 @@ def set_trainable(model: nn.Module, run: Run) -> None:
             if not any(fnmatchcase(name, pattern) for name in names):
                 message = f"{pattern!r} matches no parameter (such as {names[0]!r})"
                 raise run.config.problems(ConfigProblems([(("train", key), message)]))
+    for index, entry in enumerate(run.config.optimizer.param_groups):
+        for pattern in entry.params:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                key_path = ("optimizer", "param_groups", index, "params")
+                message = f"{pattern!r} matches no parameter (such as {names[0]!r})"
+                raise run.config.problems(ConfigProblems([(key_path, message)]))
     for name, parameter in model.named_parameters():
         if train.trainable and not any(fnmatchcase(name, pattern) for pattern in train.trainable):
             parameter.requires_grad_(False)

@@ -72,6 +72,8 @@ class TorchOptimizerPlugin:
             self.torch_class([torch.nn.Parameter(torch.zeros(1))], **self.constructor_options)
         except ValueError as error:
             return [f"optimizer: torch's {type(self).__name__} refuses its options: {error}"]
+        if self._ours("clip_mode") != "auto" and not self._ours("in_backward"):
+            return ["optimizer.clip_mode: is of updates in the backward pass: set in_backward, or neither"]
         zero = run.config.dp_size > 1 and run.config.layout.options.get("zero_stage")
         if not self.elementwise and (zero or run.config.tp_size > 1):
             instead = {"tp_size": 1} if run.config.tp_size > 1 else {}

@@ -126,7 +126,7 @@ class RunPlugins:
                     text.of(plugin.label) if isinstance(text, Refusal) else f"{plugin.label}: {text}"
                     for text in texts
                 ]
-        return problems
+        return list(dict.fromkeys(problems))  # two entries of one plugin may tell the same
 
     def explain(self, run: Run) -> dict[str, Mapping[str, str]]:
         """What the selected plugins say of this run, by the plugin's label."""

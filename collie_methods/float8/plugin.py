@@ -59,7 +59,7 @@ class Float8Plugin:
                     "set tp_size to 1; dp_size with zero_stage, and pp_size, share the weights too",
                 )
             )
-        if config.layout.name == "deepspeed":
+        if config.layout.name.rpartition(":")[2] == "deepspeed":
             found.append(
                 Refusal(
                     "plugin float8 and layout deepspeed",
@@ -74,7 +74,7 @@ class Float8Plugin:
                 f"adapter {packed[0]} stores the weights in another form than float8 multiplies; "
                 "keep one of the two"
             )
-        if sum(section.name == "float8" for section in config.plugins) > 1:
+        if sum(section.name.rpartition(":")[2] == "float8" for section in config.plugins) > 1:
             found.append("plugins has it more than once; keep one of them")
         return found
 

@@ -9,12 +9,13 @@ Instead of `loss.backward()`, `optimizer.step()` and `optimizer.zero_grad()`:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from collie_core.errors import UserError
+from collie_core.errors import CheckpointError, UserError
 from collie_core.layouts.gradients import GradientFlow, Mode
 from collie_core.run import ParameterGroup
 from collie_methods.lomo.optimizer import AdaLomoOptimizer, LomoOptimizer
@@ -30,6 +31,10 @@ class _FusedLoop:
         lr: float,
         clip_grad_norm: float | None,
     ) -> None:
+        _check("lr", lr, above=0)
+        _check("clip_grad_norm", clip_grad_norm, above=0)
+        _check("clip_grad_value", optimizer.clip_grad_value, above=0)
+        _check("weight_decay", group.weight_decay, least=0)
         self.lr, self.clip_grad_norm = lr, clip_grad_norm
         self._optimizer = optimizer
         self._flow = GradientFlow(group.parameters)
@@ -54,6 +59,7 @@ class _FusedLoop:
         non-finite gradient.
         """
         if lr is not None:
+            _check("lr", lr, least=0)  # a schedule may end there
             self.lr = lr
         if self.clip_grad_norm is not None and self._norm is None:
             self.grad_norm(loss)
@@ -75,6 +81,8 @@ class _FusedLoop:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of state_dict.  Raises CheckpointError where the state does not fit."""
+        if "step" not in state:
+            raise CheckpointError("the optimizer's state does not fit: step is missing")
         self._optimizer.load_state_dict({key: value for key, value in state.items() if key != "step"})
         self._optimizer.step_number = int(state["step"])
 
@@ -132,6 +140,13 @@ class AdaLomo(_FusedLoop):
         super().__init__(optimizer, group, lr, clip_grad_norm)
 
 
+def _check(name: str, value: float | None, above: float = -math.inf, least: float = -math.inf) -> None:
+    """Raises UserError for a number that is not finite, not `above` a limit or not at `least` another."""
+    if value is not None and not (math.isfinite(value) and value > above and value >= least):
+        limit = f">= {least}" if least > above else f"> {above}"
+        raise UserError(f"{name}: expected a number {limit}, got {value!r}")
+
+
 def _all_parameters(model: nn.Module, weight_decay: float) -> ParameterGroup:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in parameters.items():
@@ -139,4 +154,9 @@ def _all_parameters(model: nn.Module, weight_decay: float) -> ParameterGroup:
             raise UserError(
                 f"{name} is float16, which needs the loss scaling of collie_core's Trainer; use bfloat16 here"
             )
+        if parameter.dtype not in (torch.float32, torch.bfloat16):
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise UserError(f"{name} is {dtype}, expected float32 or bfloat16")
+    if not parameters:
+        raise UserError("the model has no parameter to train: none has requires_grad")
     return ParameterGroup(parameters, 1.0, weight_decay)

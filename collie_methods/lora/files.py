@@ -30,7 +30,9 @@ def read_folder(folder: Path, kind: type) -> tuple[Any, dict[str, Tensor]]:
     from peft import PeftConfig
 
     if not (folder / "adapter_config.json").is_file():  # peft would ask a hub
-        raise CheckpointError(f"{folder}: no folder of an adapter: it has no adapter_config.json")
+        inside = sorted(path.parent for path in folder.glob("**/adapter_config.json"))[:3]  # say, of a run
+        hint = f", did you mean {' or '.join(map(str, inside))}?" if inside else ""
+        raise CheckpointError(f"{folder}: no folder of an adapter: it has no adapter_config.json{hint}")
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -41,9 +41,9 @@ class LoraOptions:
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
     use_dora: bool = False
-    init_lora_weights: Annotated[str, Field(pattern=r"^(default|gaussian|pissa(_niter_[1-9]\d*)?)$")] = (
-        "default"
-    )
+    init_lora_weights: (
+        Literal["default", "gaussian", "pissa"] | Annotated[str, Field(pattern=r"^pissa_niter_[1-9]\d*$")]
+    ) = "default"
     loraplus_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
     adapter_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "default"
     path: str | None = None
@@ -68,14 +68,9 @@ class LoraPlugin:
     @hookimpl
     def collie_check(self, run: Run) -> list[str]:
         """Options that contradict each other, or the layout."""
-        options, found = self.options, same_names(run)
-        if options.path is not None:
-            default = LoraOptions()
-            for field in dataclasses.fields(options):
-                if field.name not in _BESIDE_PATH and getattr(options, field.name) != getattr(
-                    default, field.name
-                ):
-                    found.append(f"{field.name}: the folder of path says it; leave it out")
+        options, found = self.options, same_names(run) + beside_path(self.options, _BESIDE_PATH)
+        if not options.target_modules:
+            found.append("target_modules: names no linear; leave it out for all-linear")
         if options.use_dora or options.init_lora_weights.startswith("pissa"):
             key = "use_dora" if options.use_dora else "init_lora_weights: pissa"
             why = "it looks at whole weights, which DeepSpeed has cut"
@@ -90,10 +85,22 @@ class LoraPlugin:
         return LoraAdapter(self.options, run)
 
 
+def beside_path(options: Any, allowed: tuple[str, ...]) -> list[str]:
+    """Options that say something of an adapter whose folder says it: all that are set but those `allowed`."""
+    if options.path is None:
+        return []
+    default = type(options)()
+    return [
+        f"{field.name}: the folder of path says it; leave it out"
+        for field in dataclasses.fields(options)
+        if field.name not in allowed and getattr(options, field.name) != getattr(default, field.name)
+    ]
+
+
 def deepspeed_zero3(run: Run, what: str, reason: str) -> list[str]:
     """The refusal of DeepSpeed's ZeRO 3; none under another layout or stage."""
     layout = run.config.layout
-    if layout.name != "deepspeed" or layout.options.get("zero_stage") != 3:
+    if layout.name.rpartition(":")[2] != "deepspeed" or layout.options.get("zero_stage") != 3:
         return []
     return [
         Refusal(

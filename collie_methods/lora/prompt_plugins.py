@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from collie_core.hookspecs import hookimpl
-from collie_methods.lora.plugin import deepspeed_zero3, same_names
+from collie_methods.lora.plugin import beside_path, deepspeed_zero3, same_names
 
 if TYPE_CHECKING:
     from collie_core.hookspecs import Adapter
@@ -69,7 +69,8 @@ class _VirtualPlugin:
     @hookimpl
     def collie_check(self, run: Run) -> list[str]:
         """What contradicts the data."""
-        return list(_problems(run, self.virtual_tokens))
+        beside = beside_path(self.options, ("path", "adapter_name"))
+        return [*_problems(run, self.virtual_tokens), *beside]
 
     @hookimpl
     def collie_adapter(self, run: Run) -> Adapter:

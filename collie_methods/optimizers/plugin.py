@@ -81,6 +81,13 @@ class _RuledPlugin(ABC):
         self.options = options
 
     @hookimpl
+    def collie_check(self, run: Run) -> list[str]:
+        """A choice that nothing would heed."""
+        if self.options.clip_mode == "auto" or self.options.in_backward:
+            return []
+        return ["optimizer.clip_mode: is of updates in the backward pass: set in_backward, or neither"]
+
+    @hookimpl
     def collie_optimizer(self, model: nn.Module, layout: Layout, run: Run) -> Optimizer:
         """The optimizer over the final parameters of `model`."""
         import torch
@@ -169,7 +176,7 @@ class AdamW8bitPlugin(_RuledPlugin):
     @hookimpl
     def collie_check(self, run: Run) -> list[str]:
         """Where the library or its device is not there, and rows that are cut."""
-        found: list[str] = []
+        found = super().collie_check(run)
         if find_spec("bitsandbytes") is None:
             found.append(
                 "optimizer: adamw8bit needs bitsandbytes, which is not installed: "

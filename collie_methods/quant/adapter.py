@@ -29,7 +29,10 @@ class Quantiser:
 
     def adapt(self, model: nn.Module) -> None:
         """Raises ConfigError for rows that are no whole blocks, and names that fit no linear."""
-        for path in block_linears(model, self.options.skip_modules):
+        paths = block_linears(model, self.options.skip_modules)
+        if not paths:
+            raise ConfigError(f"adapter {self.name}: skip_modules leaves no linear to quantise")
+        for path in paths:
             try:
                 pack_linear(model, path, self.format)
             except ConfigError as error:

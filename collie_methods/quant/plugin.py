@@ -63,7 +63,7 @@ class _QuantPlugin:
                     "set block_size to 64, or take nf4",
                 )
             )
-        if run.config.layout.name == "deepspeed":
+        if run.config.layout.name.rpartition(":")[2] == "deepspeed":
             found.append(
                 Refusal(
                     f"adapter {self.kind} and layout deepspeed",

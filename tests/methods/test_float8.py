@@ -229,14 +229,16 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tiny_llama: Path, data_file: Pat
         ({"plugins": [float8(skip_modules=["o_prj"])]}, ["'o_prj' fits no linear", "o_proj"]),
         ({"plugins": [float8(skip_modules=["blocks.*"])]}, ["have no linear"]),
         ({"plugins": [float8(), float8()]}, ["more than once"]),
+        ({"plugins": [float8(), float8(name="collie-float8:float8")]}, ["more than once"]),
         ({"plugins": [float8(recipe="blockwise")]}, ["recipe", "blockwise"]),
         ({"plugins": [float8()], "layout": "deepspeed"}, ["layout deepspeed", "zero_stage: 3"]),
+        ({"plugins": [float8()], "layout": "collie-deepspeed:deepspeed"}, ["layout deepspeed"]),
         (
             {"plugins": [float8()], "adapters": [{"name": "nf4", "block_size": 32}, {"name": "lora"}]},
             ["adapter nf4", "keep one"],
         ),
     ],
-    ids=["cpu", "unknown", "none", "twice", "recipe", "deepspeed", "nf4"],
+    ids=["cpu", "unknown", "none", "twice", "twice named", "recipe", "deepspeed", "named deepspeed", "nf4"],
 )
 def test_refusals(
     changes: dict[str, Any], words: list[str], tiny_llama: Path, data_file: Path, tmp_path: Path

@@ -135,3 +135,13 @@ def test_momentum_without_a_dampened_first_step_is_refused(
     with pytest.raises(ConfigError, match="optimizer.in_backward with optimizer.dampening"):
         options = {"dampening": 0.5, "nesterov": False, "in_backward": True}
         run(tiny_llama, data_file, tmp_path / "out", "sgd", optimizer=options)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_a_clip_mode_that_nothing_would_heed_is_refused(
+    tiny_llama: Path, data_file: Path, tmp_path: Path, name: str
+) -> None:
+    from collie_core.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="optimizer.clip_mode: is of updates in the backward pass"):
+        run(tiny_llama, data_file, tmp_path / "out", name, optimizer={"clip_mode": "keep"})

@@ -198,3 +198,31 @@ def test_mistakes_are_refused(tiny_llama: Path) -> None:
     model = llama(tiny_llama)
     with pytest.raises(CheckpointError, match=r"did you mean|belongs to no parameter"):
         AdaLomo(model).load_state_dict({"lm_haed.weight.row": torch.zeros(3), "step": torch.tensor(1)})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, r"lr: expected a number > 0, got -1\.0"),
+        ({"lr": float("nan")}, "lr: expected a number > 0, got nan"),
+        ({"clip_grad_norm": -1.0}, "clip_grad_norm: expected a number > 0"),
+        ({"clip_grad_value": 0.0}, "clip_grad_value: expected a number > 0"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a number >= 0"),
+    ],
+)
+@pytest.mark.parametrize("kind", [Lomo, AdaLomo])
+def test_numbers_without_a_meaning_are_refused(kind: Any, options: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        kind(nn.Linear(2, 2), **options)
+
+
+def test_models_and_states_that_it_cannot_serve_are_refused() -> None:
+    with pytest.raises(UserError, match="weight is float64, expected float32 or bfloat16"):
+        AdaLomo(nn.Linear(2, 2, dtype=torch.float64))
+    with pytest.raises(UserError, match="no parameter to train"):
+        Lomo(nn.Linear(2, 2).requires_grad_(False))
+    with pytest.raises(CheckpointError, match="step is missing"):
+        Lomo(nn.Linear(2, 2)).load_state_dict({})
+    optimizer = Lomo(model := nn.Linear(2, 2))
+    with pytest.raises(UserError, match="lr: expected a number >= 0"):
+        optimizer.fused_backward(model(torch.ones(1, 2)).sum(), lr=-0.1)

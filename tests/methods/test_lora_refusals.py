@@ -20,6 +20,7 @@ from collie_core.errors import UserError
 TWICE = [{"adapter_name": "a"}, {"adapter_name": "a"}]
 OVER_DORA = [{"use_dora": True}, {"adapter_name": "b"}]
 PARTITIONED = {"layout": {"name": "deepspeed", "zero_stage": 3}}
+BY_DISTRIBUTION = {"layout": {"name": "collie-deepspeed:deepspeed", "zero_stage": 3}}
 
 
 @pytest.mark.parametrize(
@@ -30,9 +31,12 @@ PARTITIONED = {"layout": {"name": "deepspeed", "zero_stage": 3}}
         (TWICE, {}, "adapter_name: 'a' is the name of two adapters"),
         (OVER_DORA, {}, "DoRA rescales the whole weight, so no other adapter may be there"),
         ([{"init_lora_weights": "pissa", "r": 33}], {}, "r: 33 is above the 32 singular values of"),
-        ([{"init_lora_weights": "olora"}], {}, "adapters.0.init_lora_weights"),
+        ([{"init_lora_weights": "olora"}], {}, "init_lora_weights: expected default or gaussian or pissa or"),
+        ([{"init_lora_weights": "pisa"}], {}, "got 'pisa', did you mean 'pissa'?"),
+        ([{"target_modules": []}], {}, "target_modules: names no linear"),
         ([{"rank": 3}], {}, "adapters.0.rank: unknown key"),
         ([{}], {"train": {"trainable": ["*norm*"]}}, "which is frozen: adapters train their own parameters"),
+        ([{"use_dora": True}], BY_DISTRIBUTION, "set layout to {name: native, zero_stage: 3}"),
         ([{"use_dora": True}], PARTITIONED, "set layout to {name: native, zero_stage: 3}"),
         ([{"name": "lora", "path": "x"}], {}, "x: no folder of an adapter"),
         ([{"path": "x"}], {}, "r: the folder of path says it; leave it out"),
@@ -46,8 +50,10 @@ def test_a_config(
     data_file: Path,
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         Trainer(lora_config(tiny_llama, data_file, tmp_path / "run", *sections, **changes)).train()
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(set(lines)), "told twice"
     assert not (tmp_path / "run").exists()
 
 
@@ -138,3 +144,11 @@ def test_commands(
         assert main(["export", *arguments]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+def test_a_run_folder_as_path_names_the_adapter_within(
+    adapter: Path, tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    section = {"name": "lora", "path": str(adapter.parent)}
+    with pytest.raises(UserError, match=f"no folder of an adapter.*did you mean {adapter}[?]"):
+        Trainer(lora_config(tiny_llama, data_file, tmp_path / "run", section)).train()

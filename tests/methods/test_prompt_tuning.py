@@ -110,6 +110,8 @@ def test_virtual_tokens_cannot_be_merged(tiny_llama: Path, data_file: Path, tmp_
         ([{"name": "p_tuning"}, {"name": "prefix_tuning", "adapter_name": "b"}], "one adapter alone can put"),
         ([{"name": "prompt_tuning", "num_virtual_tokens": 64}], "leave no room for a record"),
         ([{"name": "prompt_tuning", "prompt_tuning_init": "text"}], "needs prompt_tuning_init_text"),
+        ([{"name": "prompt_tuning", "path": "x", "num_virtual_tokens": 3}], "num_virtual_tokens: the folder"),
+        ([{"name": "p_tuning", "path": "x", "encoder_hidden_size": 8}], "encoder_hidden_size: the folder"),
     ],
 )
 def test_what_is_refused(

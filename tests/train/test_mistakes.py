@@ -73,6 +73,11 @@ def refused(result: tuple[int, str], out: Path, *expected: str) -> None:
         ),
         ("train.activation_checkpointing=9", ["9 blocks, but the model has 2"]),
         ("train.trainable=[nothing.*]", ["'nothing.*' matches no parameter"]),
+        (
+            "optimizer.param_groups=[{params: ['*norm*', 'model.norm.weight'], lr: 1e-3}]",
+            ["optimizer.param_groups.0.params: 'model.norm.weight' matches no parameter"],
+        ),
+        ("adapters=[{name: lora, adapter_name: a/b}]", ["expected text that matches ^[A-Za-z0-9_-]+$"]),
         ("train.frozen=['*']", ["leaves no parameter to train"]),
         ("data.train=missing.jsonl", ["missing.jsonl"]),
         ("data.train=null", ["data.train: is required"]),
