@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from collie_core.config.checks import check_config, processes, product
 from collie_core.config.problems import ConfigProblems, Key
-from collie_core.errors import ConfigError, nearest
+from collie_core.errors import ConfigError, PluginError, nearest
 from collie_core.registry import Registry, RunPlugins, SelectedPlugin
 from collie_core.train.data import open_dataset, open_evaluators, open_reader, required_dataset
 from collie_core.train.model import check_model, open_model, without_adapters
@@ -55,21 +55,28 @@ def sections(config: CollieConfig) -> Iterator[tuple[str, Key, PluginSection]]:
 def select_plugins(config: CollieConfig, plugins: RunPlugins) -> None:
     """Load every plugin that the config names and validate its options.
 
-    Raises PluginError for one that cannot be used, ConfigProblems for wrong options.
+    Raises ConfigProblems with all that cannot be used and all wrong options.
     """
+    problems: list[tuple[Key, str]] = []
     for kind, path, section in sections(config):
+        core_keys = sorted(type(section).model_fields.keys() - {"name"})
         try:
-            plugins.add(kind, section.name, section.options)
+            plugins.add(kind, section.name, section.options, core_keys)
         except ConfigProblems as found:
-            raise config.problems(found.below(path)) from None
+            problems += found.below(path).problems
+        except PluginError as error:
+            problems.append(((*path, "name"), str(error)))
     from collie_core.ops.select import check_names
     from collie_core.train.evaluation import EVALUATORS
 
-    check_names(config.ops.attention, config.ops.cross_entropy)
     for index, evaluator in enumerate(config.evaluate.evaluators):
         if evaluator.name not in EVALUATORS:
-            message = f"unknown evaluator {evaluator.name!r}{nearest(evaluator.name, EVALUATORS)}"
-            raise config.problems(ConfigProblems([(("evaluate", "evaluators", index, "name"), message)]))
+            known = f"{nearest(evaluator.name, EVALUATORS)} (known: {', '.join(EVALUATORS)})"
+            message = f"unknown evaluator {evaluator.name!r}{known}"
+            problems.append((("evaluate", "evaluators", index, "name"), message))
+    if problems:
+        raise config.problems(ConfigProblems(problems))
+    check_names(config.ops.attention, config.ops.cross_entropy)
 
 
 def check_run(config: CollieConfig) -> list[str]:
