@@ -56,6 +56,13 @@ class Document:
                 return f"{self.source}:{self.lines[path[:length]]}"
         return self.source
 
+    def overridden(self, path: Key, override: str) -> None:
+        """Note that `override` set `path`: what stood below it has no place any more."""
+        for places in (self.lines, self.overrides):
+            for below in [key for key in places if len(key) > len(path) and key[: len(path)] == path]:
+                del places[below]
+        self.overrides[path] = override
+
 
 def parse(text: str, source: str) -> Document:
     """Parse YAML text.  Raises ConfigError with file and line for bad syntax and keys given twice."""

@@ -48,7 +48,7 @@ def apply_override(document: Document, override: str) -> None:
             target = {"name": target}
             _assign(document.data, parts[: position + 1], target, override)
     _put(target, parts[-1], parse_value(text, override), override)
-    document.overrides[tuple(int(part) if part.isdigit() else part for part in parts)] = override
+    document.overridden(tuple(int(part) if part.isdigit() else part for part in parts), override)
 
 
 def _step(target: Any, part: str, override: str) -> Any:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from collie_core.data.sources import BadRecord
 from collie_core.data.templates import Template
 from collie_core.errors import DataError
+
+ROLES = ("system", "user", "assistant", "tool")
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -97,6 +100,10 @@ def _check(messages: Any) -> None:
         ):
             raise BadRecord('a message lacks "role" or "content"', f": {str(message)[:80]}")
     roles = [message["role"] for message in messages]
+    for role in sorted(set(roles) - set(ROLES)):  # others are a template's own; a misspelt one loses its loss
+        near = get_close_matches(role.lower(), ROLES, 1, 0.85)
+        if near:
+            raise BadRecord(f"a message has the role {role!r}, did you mean {near[0]!r}?")
     if "assistant" not in roles:
         has = ", ".join(sorted(set(roles)))
         raise BadRecord('no message has the role "assistant", so nothing would be trained', f": it has {has}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from collie_core.config.problems import ConfigProblems
+from collie_core.config.problems import ConfigProblems, Key
 from collie_core.layouts.stage import Stage
 from collie_core.models.adapters import adapt, initialise_added
 from collie_core.models.buffers import persistent_buffers
@@ -133,8 +133,7 @@ def _blocks(model: Any) -> nn.ModuleDict:
 def set_trainable(model: nn.Module, run: Run) -> None:
     """Apply `train.trainable` and `train.frozen`; a parameter must match the one and not the other.
 
-    Raises ConfigProblems for a pattern of these, or of `optimizer.param_groups`, that matches no parameter.
-
+    Raises ConfigProblems for a pattern of these, or a group of `optimizer.param_groups`, that matches none.
     Where there are adapters, what they did not add is frozen, and no pattern may say otherwise.
     """
     train = run.config.train
@@ -147,17 +146,17 @@ def set_trainable(model: nn.Module, run: Run) -> None:
         if frozen:
             message = f"{pattern!r} matches {frozen[0]}, which is frozen: adapters train their own parameters"
             raise run.config.problems(ConfigProblems([(("train", "trainable"), message)]))
-    for key in ("trainable", "frozen"):
-        for pattern in getattr(train, key):
-            if not any(fnmatchcase(name, pattern) for name in names):
-                message = f"{pattern!r} matches no parameter (such as {names[0]!r})"
-                raise run.config.problems(ConfigProblems([(("train", key), message)]))
-    for index, entry in enumerate(run.config.optimizer.param_groups):
-        for pattern in entry.params:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                key_path = ("optimizer", "param_groups", index, "params")
-                message = f"{pattern!r} matches no parameter (such as {names[0]!r})"
-                raise run.config.problems(ConfigProblems([(key_path, message)]))
+    wanted: list[tuple[Key, list[str]]] = [
+        (("train", key), [pattern]) for key in ("trainable", "frozen") for pattern in getattr(train, key)
+    ]
+    for index, group in enumerate(run.config.optimizer.param_groups):
+        # of several patterns in one group some may be for other families
+        wanted.append((("optimizer", "param_groups", index, "params"), group.params))
+    for path, patterns in wanted:
+        if not any(fnmatchcase(name, pattern) for pattern in patterns for name in names):
+            told = " or ".join(map(repr, patterns)) or "an empty list"
+            message = f"{told} matches no parameter (such as {names[0]!r})"
+            raise run.config.problems(ConfigProblems([(path, message)]))
     for name, parameter in model.named_parameters():
         if train.trainable and not any(fnmatchcase(name, pattern) for pattern in train.trainable):
             parameter.requires_grad_(False)

@@ -24,7 +24,7 @@ from collie_core.checkpoint.tensor_files import TensorFiles
 from collie_core.errors import CheckpointError
 from collie_core.models.adapter_folder import ADAPTER_FILE, AdapterSpec, adapter_folders, read_adapters
 from collie_core.models.hub import resolve
-from collie_core.models.loading import Slots, load_weights
+from collie_core.models.loading import Slots, load_weights, match_weights
 from collie_core.models.weight_files import WeightReader
 from collie_core.models.weight_map import Ignore, Rename, WeightRule
 from collie_core.ops import select_ops
@@ -231,7 +231,10 @@ def open_source(
 def stream_parameters(
     selected: SelectedProvider, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(parameter name, whole tensor on the CPU) of a source, without a model; cast to `dtype` if given."""
+    """(parameter name, whole tensor on the CPU) of a source, without a model; cast to `dtype` if given.
+
+    Raises CheckpointError where the tensors of a folder are not those of its config.
+    """
     if selected.checkpoint is not None:
         names = [name for name in read_metadata(selected.checkpoint).tensors if name.startswith("model.")]
         found = ((name.removeprefix("model."), t) for name, t in stream_tensors(selected.checkpoint, names))
@@ -239,7 +242,8 @@ def stream_parameters(
         reader = WeightReader(selected.path)
         with torch.device("meta"):
             slots = Slots(selected.provider.build(selected.config, select_ops()))
-        rules = [rule for rule in selected.provider.weight_map(selected.config) if rule.targets]
+        # as strict as loading: what an export left out would be lost
+        rules = match_weights(slots, list(selected.provider.weight_map(selected.config)), reader)
         found = (
             item
             for rule in rules

@@ -7,12 +7,13 @@ float, a list as a tuple, a text as a Path.  Limits come from `Annotated[float, 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collie_core.config.problems import ConfigProblems, from_pydantic
+from collie_core.errors import nearest
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -23,15 +24,19 @@ def options_of(cls: type) -> type | None:
     return getattr(cls, "Options", None)
 
 
-def validate_options(cls: type, options: Mapping[str, Any]) -> Any:
+def validate_options(cls: type, options: Mapping[str, Any], core_keys: Sequence[str] = ()) -> Any:
     """The plugin's `Options` from a config section without its `name`; None where it has none.
 
+    core_keys: keys of the section that the core reads itself, told where another is unknown.
     Raises ConfigProblems with the key path and message of everything that is wrong.
     """
     section = options_of(cls)
     if section is None:
         if options:
-            raise ConfigProblems([((key,), "unknown key: the plugin has no options") for key in options])
+            raise ConfigProblems(
+                ((key,), f"unknown key{nearest(key, core_keys)}: the plugin has no options")
+                for key in options
+            )
         return None
     from pydantic import ValidationError
 
@@ -40,7 +45,10 @@ def validate_options(cls: type, options: Mapping[str, Any]) -> Any:
         # JSON, because strict validation of Python values refuses dicts for dataclasses and lists for tuples
         return getattr(model.model_validate_json(json.dumps(plain)), "options")  # noqa: B009 (a made model)
     except ValidationError as error:
-        found = from_pydantic(error, model.model_json_schema(), plain)
+        schema = model.model_json_schema()
+        own = schema["$defs"][schema["properties"]["options"]["$ref"].rsplit("/", 1)[1]]
+        own["properties"] = {**own.get("properties", {}), **{key: {} for key in core_keys}}
+        found = from_pydantic(error, schema, plain)
         raise ConfigProblems([(path[1:], message) for path, message in found.problems]) from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -145,12 +145,14 @@ class Registry:
         return f"unknown {kind} {short!r}{hint}; {listed}"
 
 
-def make_instance(loaded: LoadedPlugin, options: Mapping[str, Any]) -> Any:
+def make_instance(
+    loaded: LoadedPlugin, options: Mapping[str, Any], core_keys: Sequence[str] = ()
+) -> Any:
     """`cls(options)`, or `cls()` where the plugin has no `Options`.
 
     Raises ConfigProblems for wrong options, PluginError where the constructor fails.
     """
-    validated = validate_options(loaded.cls, options)
+    validated = validate_options(loaded.cls, options, core_keys)
     try:
         return loaded.cls() if validated is None else loaded.cls(validated)
     except CollieError:

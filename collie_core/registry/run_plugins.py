@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -65,14 +65,22 @@ class RunPlugins:
         self._selected: list[SelectedPlugin] = []
         self._dropped: set[str] = set()
 
-    def add(self, kind: str, name: str, options: Mapping[str, Any] | None = None) -> SelectedPlugin:
+    def add(
+        self,
+        kind: str,
+        name: str,
+        options: Mapping[str, Any] | None = None,
+        core_keys: Sequence[str] = (),
+    ) -> SelectedPlugin:
         """Select the plugin that `name` means; the same one may be selected several times.
 
+        core_keys: keys beside the options that the core reads itself, told where an option is unknown.
         Raises PluginError where it cannot be used, ConfigProblems for wrong options.
         """
         loaded = self.registry.load(kind, name)
         key = f"{kind}:{len(self.of_kind(kind))}:{loaded.info.name}"
-        return self._register(kind, key, make_instance(loaded, options or {}), loaded.info)
+        made = make_instance(loaded, options or {}, core_keys)
+        return self._register(kind, key, made, loaded.info)
 
     def register_object(self, instance: object, name: str) -> SelectedPlugin:
         """Register a user's callback: any object with methods marked `@hookimpl`.  Raises PluginError."""

@@ -41,7 +41,7 @@ def open_dataset(
 
     given = trainer.train_dataset if split == "train" else trainer.eval_dataset
     source: Any = given if given is not None else getattr(run.config.data, split)
-    if source is None:
+    if source is None or (given is None and source == []):
         return None
 
     def build() -> TokenizedDataset:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from collie_core.config.checks import resume_differences
 from collie_core.config.problems import ConfigProblems
-from collie_core.errors import UserError
+from collie_core.errors import CheckpointError, UserError
 from collie_core.files import OutputLock
 from collie_core.together import from_first
 
@@ -101,7 +101,10 @@ def _named(run: Run, path: Path, checkpoints: CheckpointManager) -> Checkpoint:
         if own is not None:
             _log.warning("checkpoint.resume: %s: going on from %s, which came after it", path, own.path)
             return own
-    return checkpoints.open(path)
+    try:
+        return checkpoints.open(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint.resume: {error}") from None
 
 
 #: What an `auto` is resolved by, beside the machine.

@@ -83,13 +83,13 @@ class Session:
         """Call a monitor; one that fails is reported once, closed and dropped, and the run goes on."""
         try:
             call()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a library that exits must not end the run either
             self._report(type(monitor).__name__, error)
             self.monitors.remove(monitor)
-            with suppress(Exception):
+            with suppress(Exception, SystemExit):
                 monitor.close(error)
 
-    def _report(self, name: str, error: Exception) -> None:
+    def _report(self, name: str, error: BaseException) -> None:
         self.warn(f"monitor {name} failed and is dropped: {type(error).__name__}: {error}")
 
     def evaluate(self) -> dict[str, float]:

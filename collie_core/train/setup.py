@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from collie_core.config.checks import check_config, processes, product
 from collie_core.config.problems import ConfigProblems, Key
-from collie_core.errors import ConfigError, nearest
+from collie_core.errors import ConfigError, PluginError, nearest
 from collie_core.registry import Registry, RunPlugins, SelectedPlugin
 from collie_core.train.data import open_dataset, open_evaluators, open_reader, required_dataset
 from collie_core.train.model import check_model, open_model, without_adapters
@@ -55,30 +55,36 @@ def sections(config: CollieConfig) -> Iterator[tuple[str, Key, PluginSection]]:
 def select_plugins(config: CollieConfig, plugins: RunPlugins) -> None:
     """Load every plugin that the config names and validate its options.
 
-    Raises PluginError for one that cannot be used, ConfigProblems for wrong options.
+    Raises ConfigProblems with all that cannot be used and all wrong options.
     """
+    problems: list[tuple[Key, str]] = []
     for kind, path, section in sections(config):
+        core_keys = sorted(type(section).model_fields.keys() - {"name"})
         try:
-            plugins.add(kind, section.name, section.options)
+            plugins.add(kind, section.name, section.options, core_keys)
         except ConfigProblems as found:
-            raise config.problems(found.below(path)) from None
+            problems += found.below(path).problems
+        except PluginError as error:
+            problems.append(((*path, "name"), str(error)))
     from collie_core.ops.select import check_names
     from collie_core.train.evaluation import EVALUATORS
 
-    check_names(config.ops.attention, config.ops.cross_entropy)
     names: set[str] = set()
     for index, evaluator in enumerate(config.evaluate.evaluators):
         at: Key = ("evaluate", "evaluators", index)
         name = evaluator.name
         if name not in EVALUATORS:
-            wrong = [((*at, "name"), f"unknown evaluator {name!r}{nearest(name, EVALUATORS)}")]
-        else:  # none has options yet, and figures are known by the evaluator's name
-            wrong = [((*at, key), f"unknown key: {name} has no options") for key in evaluator.options]
-            if name in names:
-                wrong.append(((*at, "name"), f"{name!r} is there already"))
-        if wrong:
-            raise config.problems(ConfigProblems(wrong))
+            known = f"{nearest(name, EVALUATORS)} (known: {', '.join(EVALUATORS)})"
+            problems.append(((*at, "name"), f"unknown evaluator {name!r}{known}"))
+            continue
+        # none has options yet, and figures are known by the evaluator's name
+        problems += [((*at, key), f"unknown key: {name} has no options") for key in evaluator.options]
+        if name in names:
+            problems.append(((*at, "name"), f"{name!r} is there already"))
         names.add(name)
+    if problems:
+        raise config.problems(ConfigProblems(problems))
+    check_names(config.ops.attention, config.ops.cross_entropy)
 
 
 def check_run(config: CollieConfig) -> list[str]:

@@ -49,6 +49,12 @@ def test_unknown_key_names_file_line_and_nearest(tmp_path: Path) -> None:
     )
 
 
+def test_an_override_is_named_for_what_it_replaced(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "data:\n  train: [{path: a, weight: 1}]\n")
+    with pytest.raises(ConfigError, match=r"^override 'data.train=.*': data.train.0.weight: expected"):
+        load_config(path, ["data.train.0.weight=1", "data.train=[{path: a, weight: 0}]"])
+
+
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     message = failure(tmp_path, MINIMAL + "optimzer: lomo\ntrain: {epochs: many}\nuse_flash: maybe\n")
     assert "did you mean 'optimizer'" in message

@@ -26,7 +26,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("lomo+clip", 1.0, ""),
         ("lomo+clip", 3.0, ""),
     ]
-    assert [row["lr"] for row in rows] == pytest.approx([3e-2, 9e-2])
+    assert [row["lr"] for row in rows] == pytest.approx([1e-1, 3e-1])
     assert rows[0]["loss"] != rows[1]["loss"] and all(0 <= row["accuracy"] <= 1 for row in rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from transformers import LlamaConfig
 from transformers import LlamaForCausalLM as StockLlama
 
 from collie_core import AutoModelForCausalLM
+from collie_core.cli.main import main
 from collie_core.models.export import export_pretrained
 from collie_core.models.weight_files import WeightReader
 
@@ -91,6 +93,26 @@ def test_load_save_and_read_by_transformers(kind: str, tied: bool, tmp_path: Pat
     torch.testing.assert_close(again(ids()).logits, model(ids()).logits, atol=1e-5, rtol=1e-5)
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(ours(ids()).logits, model(ids()).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"model.norm.weight": None}, "missing: model.norm.weight"),
+        ({"model.extra.weight": torch.ones(2)}, "unexpected: model.extra.weight"),
+        ({"model.norm.weight": torch.ones(32, dtype=torch.int8)}, "quantised.*model.norm.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_are_not_exported(
+    change: dict[str, Tensor | None], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "source", "safetensors", stock_model())
+    file = tmp_path / "source" / "model.safetensors"
+    changed = {**load_file(file), **change}
+    save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, file)
+    assert main(["export", str(tmp_path / "source"), str(tmp_path / "out")]) == 2
+    assert re.search(expected, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_sharded_export(tmp_path: Path) -> None:

@@ -85,6 +85,13 @@ def test_a_plugin_without_options_takes_none() -> None:
     assert options_schema(Plain)["properties"] == {}
 
 
+def test_keys_of_the_core_are_told_beside_the_options() -> None:
+    with pytest.raises(ConfigProblems, match=r"lrr: unknown key, did you mean 'lr'\? \(known: .*eps.* lr, "):
+        validate_options(Plugin, {"lrr": 1}, ["lr"])
+    with pytest.raises(ConfigProblems, match="lrr: unknown key, did you mean 'lr'.: the plugin"):
+        validate_options(Plain, {"lrr": 1}, ["lr"])
+
+
 def test_the_schema_refuses_unknown_keys_and_knows_the_limits() -> None:
     schema = options_schema(Plugin)
     assert set(schema["properties"]) == {"eps", "betas", "mode", "folder", "fused", "count", "warmup"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -331,6 +332,34 @@ def test_a_failing_callback_is_dropped_and_the_run_goes_on(
     result = Trainer(config(tiny_llama, data_file, tmp_path / "out"), callbacks=[Failing()]).train()
     assert result.step == 10
     assert capsys.readouterr().err.count("boom") == 1
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit])
+def test_a_failing_monitor_is_dropped_and_the_run_goes_on(
+    tiny_llama: Path,
+    data_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: type[BaseException],
+) -> None:
+    class Failing:
+        def log(self, step: int, metrics: object) -> None:
+            raise kind("boom")
+
+        def close(self, error: BaseException | None) -> None:
+            raise kind("closed")
+
+    class Replacing:
+        @hookimpl(wrapper=True)
+        def collie_monitor(self) -> Generator[None, object, object]:
+            yield
+            return Failing()
+
+    cfg = config(tiny_llama, data_file, tmp_path / "out", monitors=["console"])
+    result = Trainer(cfg, callbacks=[Replacing()]).train()
+    err = capsys.readouterr().err
+    assert result.step == 10
+    assert err.count("boom") == 1 and "closed" not in err
 
 
 def test_objects_instead_of_paths(tiny_llama: Path, records: list[dict[str, str]], tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def refused(result: tuple[int, str], out: Path, *expected: str) -> None:
         ("train.global_batch_size=6", ["6 is no multiple of micro_batch_size 4"]),
         ("optimizer.name=sdg", ["sdg", "did you mean 'sgd'"]),
         ("optimizer={name: lomo, clip_mod: keep}", ["optimizer.clip_mod", "did you mean 'clip_mode'"]),
+        ("optimizer={name: lomo, lrr: 1}", ["optimizer.lrr: unknown key, did you mean 'lr'?"]),
+        ("optimizer={name: sgd, param_groups: [{params: nothing.*}]}", ["'nothing.*' matches no parameter"]),
         ("optimizer={name: lomo, clip_mode: kept}", ["optimizer.clip_mode", "did you mean 'keep'"]),
         ("monitors=[consol]", ["consol", "did you mean 'console'"]),
         ("layout={name: native, zero_stage: 7}", ["layout.zero_stage: expected 0 or 1 or 2 or 3, got 7"]),
@@ -74,16 +76,17 @@ def refused(result: tuple[int, str], out: Path, *expected: str) -> None:
         ("train.activation_checkpointing=9", ["9 blocks, but the model has 2"]),
         ("train.trainable=[nothing.*]", ["'nothing.*' matches no parameter"]),
         (
-            "optimizer.param_groups=[{params: ['*norm*', 'model.norm.weight'], lr: 1e-3}]",
-            ["optimizer.param_groups.0.params: 'model.norm.weight' matches no parameter"],
+            "optimizer.param_groups=[{params: ['*.nrom.*', 'model.norm.weight'], lr: 1e-3}]",
+            ["optimizer.param_groups.0.params: '*.nrom.*' or 'model.norm.weight' matches no parameter"],
         ),
         ("adapters=[{name: lora, adapter_name: a/b}]", ["expected text that matches ^[A-Za-z0-9_-]+$"]),
         ("train.frozen=['*']", ["leaves no parameter to train"]),
         ("data.train=missing.jsonl", ["missing.jsonl"]),
         ("data.train=null", ["data.train: is required"]),
+        ("data.train=[]", ["data.train: is required"]),
         ("model.path=/nowhere/at/all", ["/nowhere/at/all"]),
         ("model.provider=lama", ["lama", "llama"]),
-        ("checkpoint.resume=/nowhere", ["/nowhere"]),
+        ("checkpoint.resume=/nowhere", ["checkpoint.resume: /nowhere is no folder"]),
         ("use_flash=true", ["use_flash"]),
         ("ops.attention=sdpaa", ["sdpaa"]),
     ],
@@ -94,6 +97,18 @@ def test_config_mistakes(
     if override == "use_flash=true" and torch.cuda.is_available():
         expected = []
     refused(train(override), tmp_path / "out", *expected)
+
+
+def test_every_wrong_plugin_is_told_at_once_with_its_key(
+    train: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    refused(
+        train("optimizer=lommo", "monitors=[consol]", "evaluate.evaluators=[bleu]"),
+        tmp_path / "out",
+        "override 'optimizer=lommo': optimizer.name: unknown optimizer 'lommo', did you mean 'lomo'?",
+        "override 'monitors=[consol]': monitors.0.name: unknown monitor 'consol'",
+        "override 'evaluate.evaluators=[bleu]': evaluate.evaluators.0.name: unknown evaluator 'bleu' (",
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,6 +123,12 @@ def test_config_mistakes(
         (['{"tokens": [5, 6, 7], "labels": [5, 6]}'], [":1"]),
         (['{"input": 3, "output": "x"}'], [":1"]),
         (['{"messages": [{"role": "user", "content": "hi"}]}'], [":1"]),
+        (
+            [
+                '{"messages": [{"role": "Assistent", "content": ""}, {"role": "assistant", "content": "a"}]}',
+            ],
+            [":1", "the role 'Assistent', did you mean 'assistant'?"],
+        ),
     ],
 )
 def test_data_mistakes(
