@@ -91,7 +91,8 @@ class Run:
     @property
     def pad_token_id(self) -> int:
         """What fills rows: the tokenizer's pad token, else its end-of-sequence token, else 0."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+        for key in ("pad_token_id", "eos_token_id"):
+            token = getattr(self.tokenizer, key, None)
             if isinstance(token, int) and token >= 0:
                 return token
         return 0

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from collie_core.config.problems import ConfigProblems, Key
-from collie_core.config.schema import CollieConfig
+from collie_core.config.schema import CollieConfig, ScheduleSection
 
 #: What may differ between a checkpoint and the run that resumes it (a section stands for all in it).
 MAY_DIFFER: tuple[Key, ...] = (
@@ -17,6 +17,7 @@ MAY_DIFFER: tuple[Key, ...] = (
     ("use_flash",),
     ("monitors",),
     ("evaluate",),
+    ("data", "eval"),
     ("checkpoint",),
     ("ops",),
     ("output_dir",),
@@ -92,6 +93,10 @@ def check_config(config: CollieConfig, world_size: int) -> None:
             )
         )
     schedule = config.schedule
+    if schedule.min_ratio and schedule.name == "constant":
+        found.append((("schedule", "min_ratio"), "constant never falls: leave it out, or name another"))
+    if schedule.decay_ratio != ScheduleSection().decay_ratio and schedule.name != "wsd":
+        found.append((("schedule", "decay_ratio"), f"is of wsd alone, and the schedule is {schedule.name}"))
     if schedule.warmup_steps is not None and schedule.warmup_ratio:
         found.append((("schedule", "warmup_steps"), "give warmup_steps or warmup_ratio, not both"))
     for name in ("train", "eval"):

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collie_core.data.conversations import render_conversation
+from collie_core.data.no_tokenizer import NoTokenizer
 from collie_core.data.sources import BadRecord
 from collie_core.data.templates import Template, alpaca_prompt
 from collie_core.errors import nearest
@@ -55,10 +56,12 @@ def render(record: Mapping[str, Any], tokenizer: Any, template: Template) -> Ren
     """What the record says, in the form that its keys tell; keys of no form are passed over.
 
     Where keys of several forms are there, the most structured one counts: messages, tokens, instruction,
-    input and output, text.  Raises BadRecord.
+    input and output, text.  Raises BadRecord, and DataError for a text where there is no tokenizer.
     """
     keys = {key for key, value in record.items() if value is not None}
-    if "messages" in keys:
+    if isinstance(tokenizer, NoTokenizer) and not keys & {"tokens", "input_ids"}:
+        raise tokenizer.refuse()
+    if "messages" in keys and not isinstance(tokenizer, NoTokenizer):
         return _conversation(record["messages"], tokenizer, template, record.get("tools"))
     if keys & {"tokens", "input_ids"}:
         return _tokens(record, "tokens" if "tokens" in keys else "input_ids", len(tokenizer))

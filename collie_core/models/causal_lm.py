@@ -81,6 +81,10 @@ class CausalLM(nn.Module):
         the whole row if absent.  labels: (B, S), -100 where no loss is wanted; shifted here.
         """
         require_weights(self)
+        for name, given in (("attention_mask", attention_mask), ("labels", labels)):
+            if given is not None and given.shape != input_ids.shape:
+                shape, wanted = tuple(given.shape), tuple(input_ids.shape)
+                raise UserError(f"{name}: expected the shape of input_ids, {wanted}, got {shape}")
         if self.virtual_tokens and position_ids is not None:
             raise UserError("position_ids cannot be given to a model with virtual tokens, which come first")
         ids, attention_mask = with_virtual_tokens(self, input_ids, attention_mask)

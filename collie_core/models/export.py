@@ -87,7 +87,7 @@ def export_pretrained(
         specs, stream = _specs(provider, config, tensors, dtypes, twice)
         export_weights(aside, stream, specs, rules, max_shard_bytes)
         _write_configs(aside, written_config, specs, source)
-        if tokenizer is None and relative is not None and source is not None and _has_tokenizer(source):
+        if tokenizer is None and relative is not None and source is not None and has_tokenizer(source):
             tokenizer = provider.tokenizer(source)  # in the form that any tool reads
         if tokenizer is not None:
             tokenizer.save_pretrained(str(aside))
@@ -172,7 +172,7 @@ def _tokenizer_files(folder: Path) -> list[Path]:
     ]
 
 
-def _has_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
     """True where there is more than a description of a tokenizer."""
     names = {path.name for path in _tokenizer_files(folder)}
     return bool(names - {"tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"})

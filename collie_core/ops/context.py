@@ -96,10 +96,10 @@ class Context:
                 begins = segments != segments.roll(1, 1)
                 position_ids = position_ids - (begins * position_ids).cummax(1).values
         if attention_mask is not None:
-            if attention_mask.ndim != 2:
-                raise UserError(
-                    f"attention_mask: expected (batch, length), got {tuple(attention_mask.shape)}"
-                )
+            rows, length = input_ids.shape
+            shape = tuple(attention_mask.shape)
+            if len(shape) != 2 or shape[0] != rows or shape[1] < length:
+                raise UserError(f"attention_mask: expected (batch, length) = ({rows}, {length}), got {shape}")
             attention_mask = attention_mask.to(device=input_ids.device, dtype=torch.bool)
             if bool(attention_mask.all()):
                 attention_mask = None

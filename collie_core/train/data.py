@@ -11,6 +11,7 @@ from collie_core.config.problems import ConfigProblems
 
 if TYPE_CHECKING:
     from collie_core.data.dataset import TokenizedDataset
+    from collie_core.data.no_tokenizer import NoTokenizer
     from collie_core.data.reader import DataReader
     from collie_core.hookspecs import Layout, ModelProvider
     from collie_core.run import Run
@@ -47,7 +48,7 @@ def open_dataset(
     def build() -> TokenizedDataset:
         return build_dataset(
             source,
-            run.tokenizer,
+            run.tokenizer if run.tokenizer is not None else _no_tokenizer(run),
             run.config.data,
             split=split,
             provider_template=provider.template,
@@ -67,6 +68,16 @@ def open_dataset(
 
         folder = from_first_on_node(build_for_all, run.control)
         return together(lambda: TokenizedDataset.open(folder), run.control)
+
+
+def _no_tokenizer(run: Run) -> NoTokenizer:
+    from collie_core.data.no_tokenizer import NoTokenizer
+    from collie_core.models.auto import build_model
+    from collie_core.models.forward import parts
+
+    assert run.source is not None
+    words = max(len(parameter) for parameter in parts(build_model(run.source)).embed.parameters())
+    return NoTokenizer(run.source.path, words)
 
 
 def open_reader(run: Run, data: TokenizedDataset, layout: Layout) -> DataReader:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from collie_core.config.problems import ConfigProblems
 from collie_core.errors import CheckpointError, ConfigError
@@ -63,8 +63,20 @@ def open_model(
     run.source = selected
     if given:
         _same_shapes(trainer, run)
-    run.tokenizer = trainer.tokenizer or selected.provider.tokenizer(selected.path)
+    run.tokenizer = trainer.tokenizer or _tokenizer(selected)
     return selected.provider
+
+
+def _tokenizer(selected: SelectedProvider) -> Any:
+    """The tokenizer beside the model, or None where no file of one is there."""
+    from collie_core.models.export import has_tokenizer
+
+    try:
+        return selected.provider.tokenizer(selected.path)
+    except CheckpointError:
+        if has_tokenizer(selected.path):
+            raise
+        return None
 
 
 def _same_shapes(trainer: Trainer, run: Run) -> None:

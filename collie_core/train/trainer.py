@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from collie_core.errors import ConfigError
 from collie_core.launch.failure import plainly, translated
 
 if TYPE_CHECKING:
@@ -52,6 +53,13 @@ class Trainer:
         callbacks: Sequence[object] = (),
         loss_fn: Callable[..., Tensor] | None = None,
     ) -> None:
+        from collie_core.config.schema import CollieConfig
+
+        if not isinstance(config, CollieConfig):
+            kind = type(config).__name__
+            raise ConfigError(f"Trainer: expected a CollieConfig (from_yaml reads a file), got {kind}")
+        if model is not None and not callable(getattr(model, "named_parameters", None)):
+            raise ConfigError(f"Trainer(model=...): expected a module, got {type(model).__name__}")
         self.config = config
         self.model = model
         self.tokenizer = tokenizer

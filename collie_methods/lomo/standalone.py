@@ -39,6 +39,7 @@ class _FusedLoop:
         self._optimizer = optimizer
         self._flow = GradientFlow(group.parameters)
         self._norm: Tensor | None = None
+        self._closed = False
 
     def grad_norm(self, loss: Tensor) -> Tensor:
         """L2 norm of all gradients of `loss` (0-d, fp32); each gradient is dropped at once.
@@ -87,10 +88,13 @@ class _FusedLoop:
         self._optimizer.step_number = int(state["step"])
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks: the end of this optimizer."""
         self._flow.close()
+        self._closed = True
 
     def _run(self, loss: Tensor, mode: Mode, finite: Tensor | None = None, keep_graph: bool = False) -> None:
+        if self._closed:
+            raise UserError("this optimizer is closed: make a new one over the model")
         self._flow.arm(mode, finite, self._optimizer.update)
         try:
             loss.backward(retain_graph=keep_graph)

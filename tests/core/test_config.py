@@ -183,6 +183,8 @@ def test_sizes_that_do_not_divide_are_refused_with_the_arithmetic() -> None:
     ("key", "data"),
     [
         ("schedule", {"schedule": {"name": "cosine", "warmup_steps": 3, "warmup_ratio": 0.1}}),
+        ("schedule.min_ratio", {"schedule": {"name": "constant", "min_ratio": 0.5}}),
+        ("schedule.decay_ratio", {"schedule": {"name": "cosine", "decay_ratio": 0.3}}),
         ("data.train", {"data": {"train": [{"path": "a", "weight": 1.0}, {"path": "b"}]}}),
         ("train.frozen", {"train": {"trainable": ["*"], "frozen": ["*"]}}),
     ],
@@ -196,6 +198,7 @@ def test_a_resume_may_change_some_keys_and_no_others() -> None:
     saved = CollieConfig(model={"path": "x"}, train={"micro_batch_size": 4, "epochs": 1}).to_mapping()
     free = CollieConfig(
         model={"path": "x"},
+        data={"eval": "other.jsonl"},
         train={"micro_batch_size": 2, "gradient_accumulation_steps": 2, "epochs": 3},
         monitors=["csv"],
         checkpoint={"keep": 5},

@@ -101,6 +101,8 @@ def test_at_most_three_gradients_are_alive(tiny_llama: Path, kind: Any, clip: fl
     assert 1 <= counter.most <= 3
     assert all(p.grad is None for p in model.parameters())
     optimizer.close()
+    with pytest.raises(UserError, match="this optimizer is closed"):
+        optimizer.fused_backward(loss_of(model, ids))
     loss_of(model, ids).backward()
     assert counter.most == len(counter.parameters)  # the counter can tell
 

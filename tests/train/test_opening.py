@@ -40,6 +40,46 @@ def test_a_resized_model_is_trained_and_written(tiny_llama: Path, data_file: Pat
     assert largest_difference(weights(tmp_path / "exported"), weights(tmp_path / "out")) == 0.0
 
 
+def test_records_of_tokens_need_no_tokenizer(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, data = tmp_path / "model", tmp_path / "data.jsonl"
+    shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*token*"))
+    record = {"tokens": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, 8, 9]}
+    data.write_text("".join(json.dumps(record) + "\n" for _ in range(8)))
+    result = Trainer(config(folder, data, tmp_path / "out")).train()
+    assert result.model is not None and not list(result.model.glob("*token*"))
+    again = config(folder, data, tmp_path / "out", train={"epochs": 2})
+    assert Trainer(again).train().step == 2 * result.step  # from the checkpoint, which has none either
+    with_one = Trainer(config(tiny_llama, data, tmp_path / "with", train={"epochs": 2}))
+    with_one.train()
+    assert losses(tmp_path / "out") == losses(tmp_path / "with")
+    data.write_text('{"tokens": [5, 6, 5000]}\n')
+    with pytest.raises(UserError, match="data.jsonl:1: .* 5000"):
+        Trainer(config(folder, data, tmp_path / "beyond")).train()
+    data.write_text('{"tokens": [5, 6]}\n{"text": "words"}\n')
+    with pytest.raises(UserError, match=f"data.jsonl:2: a record of text needs a tokenizer, and {folder}"):
+        Trainer(config(folder, data, tmp_path / "text")).train()
+
+
+def test_what_is_no_config_and_no_model_is_refused(tiny_llama: Path, data_file: Path, tmp_path: Path) -> None:
+    wrong: Any = "config.yaml"
+    with pytest.raises(ConfigError, match="expected a CollieConfig .from_yaml reads a file., got str"):
+        Trainer(wrong)
+    with pytest.raises(ConfigError, match="expected a module, got str"):
+        Trainer(config(tiny_llama, data_file, tmp_path / "out"), model=wrong)
+
+
+def test_masks_and_labels_have_the_shape_of_the_ids(tiny_llama: Path) -> None:
+    model, ids = AutoModelForCausalLM.from_pretrained(tiny_llama), torch.ones(1, 8, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"attention_mask: expected the shape of input_ids, \(1, 8\), got"):
+        model(ids, attention_mask=torch.ones(1, 2))
+    with pytest.raises(UserError, match=r"labels: expected the shape of input_ids, \(1, 8\), got \(1, 7\)"):
+        model(ids, labels=ids[:, 1:])
+    with pytest.raises(UserError, match=r"attention_mask: expected the shape of input_ids, \(1, 8\), got"):
+        model.generate(ids, torch.ones(1, 2), max_new_tokens=1)
+
+
 def test_a_model_that_could_not_be_written_is_refused_before_it_is_trained(
     tiny_llama: Path, data_file: Path, tmp_path: Path
 ) -> None:
