@@ -72,5 +72,6 @@ def test_removing_the_lomo_wheel_is_told(
         "collie", "train", config(tmp_path, tiny_llama, data_file, "console"), cwd=tmp_path
     )
     assert result.returncode == 2
-    assert result.stderr.startswith("error: optimizer 'lomo' is not installed: pip install collie-lomo")
+    message = "console.yaml:3: optimizer.name: optimizer 'lomo' is not installed: pip install collie-lomo"
+    assert result.stderr.startswith("error: ") and message in result.stderr.splitlines()[0]
     assert not (tmp_path / "console").exists()
