@@ -118,7 +118,14 @@ def run_trainings(folder: Path, size: int, trainings: list[Training], timeout: f
     server.stdin.write(json.dumps(order) + "\n")
     server.stdin.flush()
     statuses = json.loads(server.stdout.readline() or "[-1]")
-    assert not any(statuses), f"{statuses}\n{log.read_text()[-4000:]}"
+    assert not any(statuses), f"{statuses}\n{_told(log)}"
+
+
+def _told(log: Path) -> str:
+    """Where a rank crashed, if one did, and the end of what all said."""
+    text = log.read_text()
+    crash = text.find("Fatal Python error")
+    return (text[crash : crash + 4000] + "\n...\n" if crash >= 0 else "") + text[-4000:]
 
 
 @functools.cache
