@@ -53,11 +53,6 @@ class RuledOptimizer(FusedOptimizer):
         }
         self.counts = {name: torch.zeros((), device=s.local.device) for name, s in self.shards.items()}
 
-    @property
-    def skips_on_device(self) -> bool:
-        """See `collie_core.hookspecs.Optimizer`: on a device nothing asks the host."""
-        return all(shard.local.device.type != "cpu" for shard in self.shards.values())
-
     @torch.no_grad()
     def update(self, name: str, parameter: nn.Parameter, gradient: Tensor, finite: Tensor) -> None:
         """One parameter's step; see `collie_core.hookspecs.Optimizer`."""
