@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from collie_core.errors import ConfigError, UserError
 from collie_core.models.forward import (
     model_context,
+    require_shape,
     require_weights,
     run_blocks,
     summed_loss,
@@ -81,10 +82,8 @@ class CausalLM(nn.Module):
         the whole row if absent.  labels: (B, S), -100 where no loss is wanted; shifted here.
         """
         require_weights(self)
-        for name, given in (("attention_mask", attention_mask), ("labels", labels)):
-            if given is not None and given.shape != input_ids.shape:
-                shape, wanted = tuple(given.shape), tuple(input_ids.shape)
-                raise UserError(f"{name}: expected the shape of input_ids, {wanted}, got {shape}")
+        require_shape("attention_mask", attention_mask, input_ids)
+        require_shape("labels", labels, input_ids)
         if self.virtual_tokens and position_ids is not None:
             raise UserError("position_ids cannot be given to a model with virtual tokens, which come first")
         ids, attention_mask = with_virtual_tokens(self, input_ids, attention_mask)

@@ -42,6 +42,13 @@ def require_weights(model: nn.Module) -> None:
         )
 
 
+def require_shape(name: str, given: Tensor | None, input_ids: Tensor) -> None:
+    """Raise UserError where something is given for each id that has another shape than the ids."""
+    if given is not None and given.shape != input_ids.shape:
+        shape, wanted = tuple(given.shape), tuple(input_ids.shape)
+        raise UserError(f"{name}: expected the shape of input_ids, {wanted}, got {shape}")
+
+
 def model_context(model: nn.Module, ctx: Context) -> Context:
     """What `model` makes of the context of a batch by its own `prepare_context`, where it has one."""
     prepare = getattr(model, "prepare_context", None)

@@ -17,6 +17,7 @@ from collie_core.files import read_json_object
 from collie_core.models.forward import (
     model_context,
     parts,
+    require_shape,
     require_weights,
     run_blocks,
     with_virtual_tokens,
@@ -147,9 +148,7 @@ def generate_with(
     agree: makes the tokens (B,) that one of several processes chose those of all; their logits may differ in
     the last bit.
     """
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        shape, wanted = tuple(attention_mask.shape), tuple(input_ids.shape)
-        raise UserError(f"attention_mask: expected the shape of input_ids, {wanted}, got {shape}")
+    require_shape("attention_mask", attention_mask, input_ids)
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):
         raise UserError("generate: pad the prompts on the left; a row of attention_mask ends with padding")
     eos, pad = _special_ids(model, options.eos_token_id, options.pad_token_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,7 +118,7 @@ class ShadowedOptimizer(FusedOptimizer):
             return
         self._update(part, gradient, finite)
 
-    @property
+    @cached_property
     def skips_on_device(self) -> bool:
         """See `collie_core.hookspecs.Optimizer`: every update is by the kernel."""
         return all(
