@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,8 @@ def run_peer(row: Row, peer: Peer, device: str, windows: Windows) -> dict[str, A
     needed = "liger_kernel" if peer.liger else h200_peers.NEEDS.get(peer.method)
     if needed is not None and find_spec(needed) is None:
         return {"skipped": f"{needed} is not installed"}
+    if needed == "unsloth":
+        import_module(needed)  # it changes transformers, which must not be in use yet
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     config = hf_config(SHAPES[row.shape], max(2048, row.length))
     model = h200_peers.stock_model(config, dtype, device, peer.liger)

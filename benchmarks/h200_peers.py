@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,11 +120,23 @@ def _unsloth(model: Any, **how: Any) -> Any:
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
+        _write_tokenizer(Path(folder), model.config.vocab_size)
         model.to("meta")
         loaded, _ = FastLanguageModel.from_pretrained(
             folder, max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=False, **how
         )
     return loaded
+
+
+def _write_tokenizer(folder: Path, size: int) -> None:
+    """A tokenizer of so many words, which loading asks for."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = WordLevel({f"w{index}": index for index in range(size)}, unk_token="w0")
+    special = {"unk_token": "w0", "pad_token": "w0", "bos_token": "w1", "eos_token": "w2"}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **special).save_pretrained(folder)
 
 
 METHODS: dict[str, Callable[[nn.Module, float], Step]] = {

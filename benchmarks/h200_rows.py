@@ -130,8 +130,8 @@ ROWS = (
         "lomo-65b",
         LOMO,
         (
-            Ours("bf16", 70, tok_s=1_180),
-            Ours("float8", 70, FLOAT8, tok_s=1_430),
+            Ours("bf16", 66, tok_s=1_180),
+            Ours("float8", 66, FLOAT8, tok_s=1_430),
             Peer("lomo-optim", "lomo"),
         ),
         shape="65b",

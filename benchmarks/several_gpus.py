@@ -7,7 +7,8 @@ hidden length flop a token, N without the input embedding), the peak of allocate
 time over that of FSDP2, window by window.
 
     python benchmarks/several_gpus.py --shape 7b --layouts "zero 2" "zero 3" tp2 pp2
-    python benchmarks/several_gpus.py --shape 65b --optimizer lomo --layouts "zero 3" --alone --recompute full
+    python benchmarks/several_gpus.py --shape 65b --layouts "zero 3" --optimizers lomo adamw8bit --alone \
+        --recompute full
 
 Weights are random; they are written to --scratch and read by every rank as a user's would be.
 """
@@ -24,7 +25,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from collie_core import CollieConfig, Trainer
 from collie_core.models.auto import build_model
 from collie_core.models.provider import select_provider
 from collie_core.plugin import Run, hookimpl
+from collie_core.safetensors_writer import SafetensorsWriter
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"name": "adamw", "lr": 1e-5, "state_dtype": "bfloat16"},
@@ -76,15 +80,14 @@ def tensors(shape: Mapping[str, int]) -> Iterator[tuple[str, dict[str, tuple[int
 
 
 def write_model(folder: Path, shape: Mapping[str, int], device: str) -> None:
-    """A checkpoint of random weights; all blocks have the same values, made once."""
-    from safetensors.torch import save_file
-
+    """A checkpoint of random weights; all blocks have the same values, made once, in a file each."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     made: dict[str, Tensor] = {}
     where = {}
+    contents: dict[str, dict[str, Tensor]] = {}
     for part, sizes in tensors(shape):
-        content = {}
+        content = contents[f"{part}.safetensors"] = {}
         for name, size in sizes.items():
             key = name.split(".", 3)[-1] if part.startswith("block") else name
             if key not in made:
@@ -92,7 +95,15 @@ def write_model(folder: Path, shape: Mapping[str, int], device: str) -> None:
                 made[key] = values.to("cpu", torch.bfloat16)
             content[name] = made[key]
             where[name] = f"{part}.safetensors"
-        save_file(content, folder / f"{part}.safetensors", {"format": "pt"})
+
+    def write(file: str) -> None:
+        specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in contents[file].items()}
+        with SafetensorsWriter(folder / file, specs, digest=False) as writer:
+            for name in writer.names:
+                writer.write(name, contents[file][name])
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, contents))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     (folder / "config.json").write_text(json.dumps(hf_config(shape, 32768)))
 
@@ -241,7 +252,9 @@ def work(job: Mapping[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------- the jobs
-def measure(args: argparse.Namespace, processes: int, name: str, model: Path) -> dict[str, Any]:
+def measure(
+    args: argparse.Namespace, processes: int, name: str, optimizer: str, model: Path
+) -> dict[str, Any]:
     """Run the job of one layout; its row."""
     shape = SHAPES[args.shape]
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
@@ -251,14 +264,15 @@ def measure(args: argparse.Namespace, processes: int, name: str, model: Path) ->
             "folder": folder,
             "words": shape["vocab_size"],
             "batch": args.batch * processes,
+            "optimizer": optimizer,
             **{
                 key: getattr(args, key)
-                for key in ("optimizer", "length", "warmup", "window", "windows", "alone", "recompute")
+                for key in ("length", "warmup", "window", "windows", "alone", "recompute")
             },
         }
         status = run_job(__file__, job, Path(folder) / "job.json", processes)
         found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank-*.json"))]
-    row: dict[str, Any] = {"layout": name, "optimizer": args.optimizer, "gpus": processes}
+    row: dict[str, Any] = {"layout": name, "optimizer": optimizer, "gpus": processes}
     if status or len(found) < processes:
         return {**row, "problem": f"the job ended with status {status}"}
     flop = flop_per_token(shape, args.length)
@@ -312,7 +326,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--layouts", nargs="+", default=["zero 2", "zero 3", "tp2", "pp2"], metavar="LAYOUT")
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count())
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw"])
     parser.add_argument("--batch", type=int, default=2, help="rows a GPU and step")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--recompute", choices=["none", "full"], default="none")
@@ -338,8 +352,8 @@ def main() -> int:
         write_model(folder / "model", SHAPES[args.shape], "cuda" if torch.cuda.is_available() else "cpu")
         print(HEADER, flush=True)
         found = []
-        for name in args.layouts:
-            found.append(measure(args, args.processes, name, folder / "model"))
+        for name, optimizer in product(args.layouts, args.optimizers):
+            found.append(measure(args, args.processes, name, optimizer, folder / "model"))
             print(line(found[-1]), flush=True)
             if args.output:
                 args.output.write_text(json.dumps(found))

@@ -81,10 +81,13 @@ class Shard:
     def gathered(self) -> Tensor:
         """The whole parameter, as a new tensor, of a packed one its values in fp32; collective over the
         ranks that cut it."""
-        whole = self.local.detach().clone()
+        from collie_core.models.packed import stored_bytes
+
+        local = self.local.detach() if self.packing is None else stored_bytes(self.local)
+        whole = local.clone()
         if self.cuts:
-            whole = self.local.new_zeros(self.shape, requires_grad=False)
-            whole[Piece(self.local, self.shape, self.offsets).slices] = self.local.detach()
+            whole = local.new_zeros(self.shape)
+            whole[Piece(local, self.shape, self.offsets).slices] = local
             whole = self.sum(whole, range(len(self.shape)))
         if self.packing is None:
             return whole

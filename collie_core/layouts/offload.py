@@ -14,16 +14,19 @@ if TYPE_CHECKING:
 
 
 class Offloaded:
-    """Recomputes every block in the backward pass, from its input in page-locked host memory.
+    """Recomputes blocks in the backward pass, from their inputs in page-locked host memory.
 
     A side stream copies a block's input out while the block computes, and that of the block before back in
     while the block is recomputed and differentiated.  The last block's input stays: it is needed at once.
     The buffers in host memory are used again, step after step.
     """
 
-    def __init__(self, blocks: list[nn.Module], device: torch.device, again: RecomputedBlock) -> None:
-        """again: runs a block whose backward pass computes it again."""
-        self.blocks, self._again = blocks, again
+    def __init__(
+        self, blocks: list[nn.Module], device: torch.device, again: RecomputedBlock, last_too: bool = True
+    ) -> None:
+        """again: runs a block whose backward pass computes it again.  last_too: false where the last block's
+        backward pass follows its forward pass: recomputed it would take as much memory a moment later."""
+        self.blocks, self._again, self._last_too = blocks, again, last_too
         self._host = _HostBuffers(torch.cuda.Stream(device))
 
     @property
@@ -35,9 +38,11 @@ class Offloaded:
         """h (B, S, E) -> (B, S, E)."""
         before: _Input | None = None
         for index, block in enumerate(self.blocks):
-            kept = _Input(self._host, h, before, stays=index == len(self.blocks) - 1)
+            last = index == len(self.blocks) - 1
+            kept = _Input(self._host, h, before, stays=last)
             with saved_tensors_hooks(kept.pack, kept.unpack):
-                h = self._again(block, h, context)
+                plain = last and not self._last_too
+                h = block(h, context) if plain else self._again(block, h, context)
             before = kept
         return h
 
@@ -87,34 +92,38 @@ class _Input:
         self._shape, self._dtype = h.shape, h.dtype
 
     def pack(self, tensor: Tensor) -> Tensor | None:
-        """What autograd keeps of a saved tensor: nothing of the block's input."""
-        if tensor.data_ptr() != self._place or not tensor.numel():
+        """What autograd keeps of a saved tensor: nothing of the block's input, where that does not stay."""
+        if not self._is(tensor):
             return tensor
         if self._before is not None:
             self._before.let_go()
-        self._there = tensor
-        if not self._stays:
+        if self._stays:
+            return tensor
+        if self._there is None:
+            self._there = tensor
             self._copy_out(tensor)
         return None
 
     def unpack(self, kept: Tensor | None) -> Tensor:
         """The tensor; the input of the block before is then on its way."""
-        if kept is not None:
-            return kept
-        self.fetch()
-        assert self._there is not None
-        if not self._stays:
+        if kept is None:
+            self.fetch()
             torch.cuda.current_stream().wait_event(self._copied)
+        elif not (self._stays and self._is(kept)):
+            return kept
         if self._before is not None:
             self._before.fetch()
-        there = self._there
-        if not self._stays:
-            self._there = None  # whoever asked for it holds it
+        there = self._there if kept is None else kept
+        assert there is not None
+        self._there = None  # whoever asked for it holds it
         return there
+
+    def _is(self, tensor: Tensor) -> bool:
+        return tensor.data_ptr() == self._place and tensor.shape == self._shape and tensor.numel() > 0
 
     def let_go(self) -> None:
         """Free the device's copy: what computes next waits until it is in host memory."""
-        if not self._stays and self._there is not None:
+        if self._there is not None:
             torch.cuda.current_stream().wait_event(self._copied)
             self._there = None
 

@@ -2,7 +2,8 @@
 
 `none` and `full` say it for all blocks, a number for the first so many.  `selective` recomputes all of every
 block but its attention: per byte that is kept, attention saves the most time in long rows (see
-docs/decisions/recomputation.md).  `offload` is `full` with the blocks' inputs in host memory.
+docs/decisions/recomputation.md).  `offload` is `full` with the blocks' inputs in host memory, but
+for the last block where its backward pass comes next.
 """
 
 from __future__ import annotations
@@ -58,17 +59,17 @@ def runner_for(
         run.resolved["activation_checkpointing"] = mode
         if isinstance(mode, int):
             mode = min(max(mode - begin, 0), len(blocks))
-        return _runner(blocks, mode, run)
+        return _runner(blocks, mode, run, alive)
     return _Measured(blocks, run, agree, str(begin) if len(blocks) < total else None, alive)
 
 
-def _runner(blocks: list[nn.Module], mode: str | int, run: Run) -> BlockRunner:
+def _runner(blocks: list[nn.Module], mode: str | int, run: Run, alive: int = 1) -> BlockRunner:
     if mode == "selective":
         return partial(_run, blocks, len(blocks), _compiled_too(_selective, run))
     if mode == "offload" and run.device.type == "cuda":
         from collie_core.layouts.offload import Offloaded
 
-        return Offloaded(blocks, run.device, _compiled_too(_full, run))
+        return Offloaded(blocks, run.device, _compiled_too(_full, run), last_too=alive > 1)
     recomputed = {"none": 0, "full": len(blocks), "offload": len(blocks)}.get(str(mode), mode)
     assert isinstance(recomputed, int)
     return partial(_run, blocks, recomputed, _compiled_too(_full, run))

@@ -40,6 +40,7 @@ def shard(stage: Stage, grid: Grid, options: NativeOptions) -> None:
     offload = CPUOffloadPolicy(pin_memory=pinned) if options.offload == "cpu" else OffloadPolicy()
 
     def unit(module: nn.Module, reshard: bool) -> None:
+        _pass_as_floats(module)
         fully_shard(
             module,
             mesh=grid.data_mesh(),
@@ -62,6 +63,15 @@ def shard(stage: Stage, grid: Grid, options: NativeOptions) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _pass_as_floats(module: nn.Module) -> None:
+    """Packed weights as float8 of the same bytes: FSDP2 of torch 2.11 takes no parameters of integers."""
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if parameter.dtype == torch.uint8:
+                floats = parameter.detach().view(torch.float8_e5m2)
+                setattr(owner, name, nn.Parameter(floats, requires_grad=False))
 
 
 def allocate(stage: Stage, grid: Grid, options: NativeOptions) -> None:

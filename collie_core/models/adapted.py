@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collie_core.errors import ConfigError, PluginError, nearest
-from collie_core.models.packed import Packing, packed_product
+from collie_core.models.packed import Packing, packed_product, stored_bytes
 
 #: x (..., inputs), weight (outputs, inputs) -> (..., outputs)
 Multiply = Callable[[Tensor, Tensor], Tensor]
@@ -82,7 +82,7 @@ class AdaptedLinear(nn.Linear):
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight (outputs, inputs), in `dtype`, whether it is packed or not."""
         weight = self.weight
-        return weight.to(dtype) if self.packing is None else self.packing.unpack(weight.detach(), dtype)
+        return weight.to(dtype) if self.packing is None else self.packing.unpack(stored_bytes(weight), dtype)
 
     def sum_over_inputs(self, partial: Tensor) -> Tensor:
         """A sum over the inputs that this rank has, completed over all of them."""

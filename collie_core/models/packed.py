@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from collie_core.errors import ConfigError, PluginError
 
@@ -62,7 +63,17 @@ class _Product(torch.autograd.Function):
 
 def packed_product(x: Tensor, stored: Tensor, packing: Packing) -> Tensor:
     """x (..., inputs) -> (..., outputs), in the dtype of x; the weight has no gradient."""
+    stored = stored_bytes(stored)
+    if torch.compiler.is_compiling():
+        # the compiler would make one of the two unpackings of `_Product`, and keep the whole weight
+        weight = checkpoint(packing.unpack, stored, x.dtype, use_reentrant=False, preserve_rng_state=False)
+        return F.linear(x, weight)
     return cast(Tensor, _Product.apply(x, stored, packing))
+
+
+def stored_bytes(weight: Tensor) -> Tensor:
+    """uint8: what a packing stored, whatever dtype of one byte the layout keeps it in."""
+    return weight.detach().view(torch.uint8)
 
 
 def packed_columns(packing: Packing | None, inputs: int) -> int:
@@ -111,7 +122,7 @@ def unpack_linears(model: nn.Module) -> None:
     dtypes = [p.dtype for p in model.parameters() if p.dtype.is_floating_point]
     for module in model.modules():
         if isinstance(module, AdaptedLinear) and module.packing is not None:
-            values = module.packing.unpack(module.weight.detach(), dtypes[0])
+            values = module.packing.unpack(stored_bytes(module.weight), dtypes[0])
             module.packing, module.weight = None, nn.Parameter(values, requires_grad=False)
     model.base_sections = ()  # type: ignore[assignment]
 
@@ -139,6 +150,7 @@ def pack_rows(packing: Packing, stored: Tensor, values: Callable[[slice], Tensor
 
     The dtype of the model does not matter, so that values are the same whatever it is.
     """
+    stored = stored_bytes(stored)
     inputs = unpacked_shape(packing, stored.shape)[1]
     height = max(1, _CHUNK // max(1, inputs))
     for begin in range(0, stored.shape[0], height):
@@ -159,7 +171,7 @@ def pack_piece(packing: Packing, piece: Piece, fill: Callable[[Piece], None]) ->
         fill(Piece(part, shape, (row + rows.start, column)))
         return part
 
-    pack_rows(packing, piece.local.detach(), values)
+    pack_rows(packing, piece.local, values)
 
 
 def check_blocks(model: nn.Module, plan: ParallelPlan, size: int) -> None:

@@ -11,11 +11,16 @@ _SCALARS = ["length", "origin", "key"]
 
 
 @triton.jit
-def _stochastic_bfloat16(value, counter, key):
+def _noise(counter, key):
     x = counter.to(tl.uint32)
     x = (x ^ (x >> 16)) * 0x21F0AAAD
     x = (x ^ (x >> 15) ^ key.to(tl.uint32)) * 0xD35A2D97
-    bits = value.to(tl.uint32, bitcast=True) + ((x ^ (x >> 15)) & 0xFFFF)
+    return (x ^ (x >> 15)) & 0xFFFF
+
+
+@triton.jit
+def _stochastic_bfloat16(value, counter, key):
+    bits = value.to(tl.uint32, bitcast=True) + _noise(counter, key)
     bits = tl.where(value != value, 0x7FC00000, bits)
     return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 

@@ -7,7 +7,7 @@ what is kept in less, which reads and writes about four times as many bytes by s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from collie_core.ops import rounding_triton
-from collie_core.ops.rounding import Noise, counters, noise_key, signed
+from collie_core.ops.rounding import Counters, Noise, counters, noise_key, signed
 
 _BLOCK = 1024
 #: of each element
@@ -54,9 +54,6 @@ def step(
     if not target.numel():
         return
     place = counters(target, source)
-    shift = place.origin - noise_key(source.seed, source.step, source.name)[0]
-    kept = [noise_key(source.seed, source.step, f"{source.name}.{key}") for key in STATES]
-    (average_origin, average_key), (square_origin, square_key) = kept
     _kernels().adamw[(-(-target.numel() // _BLOCK),)](
         target,
         gradient,
@@ -66,11 +63,7 @@ def step(
         finite,
         float(group["lr"]),
         float(group["lr"] * group["weight_decay"]),
-        1.0 - beta1,
-        1.0 - beta2,
-        math.log(beta1) if beta1 else -math.inf,
-        math.log(beta2) if beta2 else -math.inf,
-        float(group["eps"]),
+        *rule_numbers(beta1, beta2, group["eps"]),
         float(loss_scale),
         clip_value,
         *rounding_triton.number(grad_scale),
@@ -79,14 +72,26 @@ def step(
         place.length,
         place.origin,
         place.key,
-        signed(average_origin + shift),
-        average_key,
-        signed(square_origin + shift),
-        square_key,
+        *state_noise(place, source, [f"{source.name}.{key}" for key in STATES]),
         STOCHASTIC=target.dtype == torch.bfloat16,
         STATES_STOCHASTIC=average.dtype == torch.bfloat16,
         BLOCK=_BLOCK,
     )
+
+
+def rule_numbers(beta1: float, beta2: float, eps: float) -> tuple[float, ...]:
+    """1 - beta and log beta of both means, and eps."""
+    logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
+    return 1.0 - beta1, 1.0 - beta2, *logs, float(eps)
+
+
+def state_noise(place: Counters, source: Noise, names: Sequence[str]) -> Iterator[int]:
+    """Origin and key of each state's noise, whose elements lie as those of the weight at `place` do."""
+    shift = place.origin - noise_key(source.seed, source.step, source.name)[0]
+    for name in names:
+        origin, key = noise_key(source.seed, source.step, name)
+        yield signed(origin + shift)
+        yield key
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,6 +53,11 @@ class RuledOptimizer(FusedOptimizer):
             for name, shard in self.shards.items()
         }
         self.counts = {name: torch.zeros((), device=s.local.device) for name, s in self.shards.items()}
+
+    @cached_property
+    def skips_on_device(self) -> bool:
+        """See `collie_core.hookspecs.Optimizer`: on a device nothing asks the host."""
+        return all(shard.local.device.type != "cpu" for shard in self.shards.values())
 
     @torch.no_grad()
     def update(self, name: str, parameter: nn.Parameter, gradient: Tensor, finite: Tensor) -> None:

@@ -205,9 +205,9 @@ class AdamW8bitPlugin(_RuledPlugin):
 
     def make(self, arguments: dict[str, Any]) -> Optimizer:
         """See the base class."""
-        from collie_methods.optimizers.optimizer import RuledOptimizer
+        from collie_methods.optimizers.eight_bit import AdamW8bit
         from collie_methods.optimizers.rules import AdamW
         from collie_methods.optimizers.stores import eight_bit
 
         rule = AdamW(*self.options.betas, self.options.eps)
-        return RuledOptimizer(rule=rule, **arguments | {"store": eight_bit})
+        return AdamW8bit(rule=rule, **arguments | {"store": eight_bit})

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -74,14 +73,18 @@ class Nf4(BlockFormat):
         return made
 
 
+@dataclass(frozen=True)
 class Int8(BlockFormat):
     """255 even steps from minus to plus the largest magnitude of a block."""
+
+    #: where each code lies, by device: made by what packs, since the compiler cannot follow how
+    steps: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     code_bits = 8
 
     def quantise(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """As `BlockFormat.quantise`."""
-        codes, state = bnb.quantize_blockwise(values, code=_even_steps(values.device), blocksize=self.block)
+        codes, state = bnb.quantize_blockwise(values, code=self._steps(values.device), blocksize=self.block)
         return codes, state.absmax
 
     def dequantise(
@@ -89,12 +92,11 @@ class Int8(BlockFormat):
     ) -> Tensor:
         """As `BlockFormat.dequantise`."""
         made: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
-            codes, scales, _even_steps(codes.device), self.block, dtype
+            codes, scales, self._steps(codes.device), self.block, dtype
         )
         return made
 
-
-@lru_cache
-def _even_steps(device: torch.device) -> Tensor:
-    steps: Tensor = bnb.create_linear_map(signed=True, total_bits=8)
-    return steps.to(device)
+    def _steps(self, device: torch.device) -> Tensor:
+        if device not in self.steps:
+            self.steps[device] = bnb.create_linear_map(signed=True, total_bits=8).to(device)
+        return self.steps[device]
