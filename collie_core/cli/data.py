@@ -18,9 +18,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["show"], help="print records as the model sees them, and counts")
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
-    parser.add_argument("-n", type=int, default=3, metavar="N", help="number of records (default 3)")
+    parser.add_argument("-n", type=_count, default=3, metavar="N", help="number of records (default 3)")
     parser.add_argument("--split", choices=["train", "eval"], default="train")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is below 0")
+    return number
 
 
 def run(args: argparse.Namespace) -> int:

@@ -167,7 +167,10 @@ class _Measured:
     def _choose(self, h: Tensor, context: Context) -> int:
         """As many as before, or more."""
         if self._sizes is None:
-            self._sizes = self._measure(h, context)
+            trained = (block for block in self.blocks if any(p.requires_grad for p in block.parameters()))
+            sizes = measured(next(trained, self.blocks[0]), h, context)
+            torch.cuda.empty_cache()
+            self._sizes = sizes.times(self.run.largest_micro_batch / context.input_ids.numel())
         asked = self._sizes.recomputed(len(self.blocks), _usable(h.device), self.alive, self._begun)
         asked = asked if self.agree is None else self.agree(asked)
         if self.recomputed is not None and asked <= self.recomputed:
@@ -186,26 +189,6 @@ class _Measured:
             told = f"train.{key}: auto: {chosen} of {len(self.blocks)} blocks are recomputed"
             print(told, file=sys.stderr, flush=True)
 
-    def _measure(self, h: Tensor, context: Context) -> BlockSizes:
-        """What the first block keeps, for a micro-batch of the largest size."""
-        kept: dict[int, int] = {}
-        weights: set[int] = set()
-
-        def count(tensor: Tensor) -> Tensor:
-            if not weights:  # within the forward pass, where sharded weights are whole
-                weights.update(p.untyped_storage().data_ptr() for p in self.blocks[0].parameters())
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            probe = self.blocks[0](h, context)
-        del probe
-        torch.cuda.empty_cache()
-        scale = max(1.0, self.run.largest_micro_batch / context.input_ids.numel())
-        return BlockSizes(int(scale * sum(kept.values())), int(scale * h.numel() * h.element_size()))
-
 
 @dataclass(frozen=True)
 class BlockSizes:
@@ -213,6 +196,11 @@ class BlockSizes:
 
     everything: int
     input: int
+
+    def times(self, scale: float) -> BlockSizes:
+        """Those of a pass with so many times the positions, or of the same where that is less."""
+        scale = max(1.0, scale)
+        return BlockSizes(int(scale * self.everything), int(scale * self.input))
 
     def recomputed(self, blocks: int, usable: int, alive: int = 1, begun: int = 0) -> int:
         """How many of so many blocks must keep their inputs alone.
@@ -224,6 +212,25 @@ class BlockSizes:
         room = usable - self.everything - passes * blocks * self.input
         kept = max(0, room) // max(1, passes * (self.everything - self.input))
         return max(0, blocks - kept)
+
+
+def measured(block: nn.Module, h: Tensor, context: Context) -> BlockSizes:
+    """What a block keeps of this pass.  Its input has a gradient, as that of every block but the first has:
+    below frozen embeddings the first keeps less."""
+    kept: dict[int, int] = {}
+    weights: set[int] = set()
+
+    def count(tensor: Tensor) -> Tensor:
+        if not weights:  # within the forward pass, where sharded weights are whole
+            weights.update(p.untyped_storage().data_ptr() for p in block.parameters())
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        block(h.detach().requires_grad_(), context)
+    return BlockSizes(sum(kept.values()), h.numel() * h.element_size())
 
 
 def _usable(device: torch.device) -> int:

@@ -66,6 +66,11 @@ def select_plugins(config: CollieConfig, plugins: RunPlugins) -> None:
             problems += found.below(path).problems
         except PluginError as error:
             problems.append(((*path, "name"), str(error)))
+    if config.model.provider is not None:
+        try:
+            plugins.registry.find("model", config.model.provider, wildcard=False)
+        except PluginError as error:
+            problems.append((("model", "provider"), str(error)))
     from collie_core.ops.select import check_names
     from collie_core.train.evaluation import EVALUATORS
 
@@ -166,6 +171,8 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
             saved=run.step,
             done=from_first(lambda: is_finished(run, checkpoint), run.control),
         )
+        if config.evaluate.every_steps is not None and not session.evaluators:
+            session.warn("evaluate.every_steps evaluates nothing: there is no data.eval")
         if not session.done:
             _prepare(session, checkpoint)
         if not exists:

@@ -53,6 +53,13 @@ def test_counts(show: Show) -> None:
     assert "steps per epoch" in table and f"{figures['tokens']:,}" in table
 
 
+def test_fewer_than_no_records_are_refused(show: Show, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        show("-n", "-1")
+    assert caught.value.code == 2
+    assert "argument -n: -1 is below 0" in capsys.readouterr().err
+
+
 def test_json_records(show: Show, records: list[dict[str, str]], data_file: Path) -> None:
     shown = json.loads(show("--json", "-n", "3"))["records"]
     assert [record["origin"] for record in shown] == [f"{data_file}:{line}" for line in (1, 2, 3)]

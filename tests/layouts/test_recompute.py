@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from collie_core import CollieConfig
-from collie_core.layouts.recompute import BlockSizes, runner_for
+from collie_core.layouts.recompute import BlockSizes, measured, runner_for
 from collie_core.ops import Context
 from collie_core.run import Run
 
@@ -102,3 +102,20 @@ def test_what_is_computed_twice(mode: str | int, compiled: bool, attentions: int
 )
 def test_as_few_as_fit_are_recomputed(usable: int, alive: int, begun: int, recomputed: int) -> None:
     assert BlockSizes(everything=100, input=10).recomputed(4, usable, alive, begun) == recomputed
+
+
+@pytest.mark.parametrize("above", ["trained embeddings", "frozen embeddings"])
+def test_a_block_counts_as_one_that_lies_above_trained_ones(above: str) -> None:
+    block, h = Block(), torch.randn(2, 5, 8, requires_grad=above == "trained embeddings")
+    for frozen in (block.first.weight, block.first.bias):  # then `first` keeps nothing for their gradients
+        frozen.requires_grad_(False)
+    context = Context.build(torch.zeros(2, 5, dtype=torch.long))
+    found = measured(block, h, context)
+    assert found.input == h.nbytes
+    # inputs of the two operators and of `second`, and the positions, 5 of int64
+    assert found.everything == 3 * h.nbytes + 5 * 8
+
+
+def test_sizes_grow_with_the_largest_batch_and_never_shrink() -> None:
+    assert BlockSizes(100, 10).times(2.5) == BlockSizes(250, 25)
+    assert BlockSizes(100, 10).times(0.5) == BlockSizes(100, 10)

@@ -103,8 +103,11 @@ def test_every_wrong_plugin_is_told_at_once_with_its_key(
     train: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
     refused(
-        train("optimizer=lommo", "monitors=[consol]", "evaluate.evaluators=[bleu]"),
+        train(
+            "optimizer=lommo", "monitors=[consol]", "evaluate.evaluators=[bleu]", "model.provider=lama"
+        ),
         tmp_path / "out",
+        "override 'model.provider=lama': model.provider: unknown model 'lama', did you mean 'llama'?",
         "override 'optimizer=lommo': optimizer.name: unknown optimizer 'lommo', did you mean 'lomo'?",
         "override 'monitors=[consol]': monitors.0.name: unknown monitor 'consol'",
         "override 'evaluate.evaluators=[bleu]': evaluate.evaluators.0.name: unknown evaluator 'bleu' (",

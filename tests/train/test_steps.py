@@ -346,6 +346,13 @@ def test_results_are_the_same_twice(tiny_llama: Path, data_file: Path, tmp_path:
     assert largest_difference(weights(one), weights(other)) == 0.0
 
 
+def test_evaluations_without_data_are_told(
+    tiny_llama: Path, data_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(tiny_llama, data_file, tmp_path / "out", evaluate={"every_steps": 5})
+    assert "warning: evaluate.every_steps evaluates nothing: there is no data.eval" in capfd.readouterr().err
+
+
 def test_metrics_have_the_documented_keys(tiny_llama: Path, data_file: Path, tmp_path: Path) -> None:
     out = run(
         tiny_llama, data_file, tmp_path / "out", data={"eval": str(data_file)}, evaluate={"every_steps": 5}
