@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collie_core.models.weight_map import ParallelPlan
     from collie_core.shard import Piece
 
-_CHUNK = 2**18  # elements packed at once; what packs them takes some 25 bytes for each
+#: Elements packed at once, by device.  What packs them takes some 25 bytes for each; on CUDA launches cost more.
+_CHUNK = {"cpu": 2**18, "cuda": 2**22}
 
 
 class Packing(Protocol):
@@ -152,7 +153,7 @@ def pack_rows(packing: Packing, stored: Tensor, values: Callable[[slice], Tensor
     """
     stored = stored_bytes(stored)
     inputs = unpacked_shape(packing, stored.shape)[1]
-    height = max(1, _CHUNK // max(1, inputs))
+    height = max(1, _CHUNK.get(stored.device.type, _CHUNK["cpu"]) // max(1, inputs))
     for begin in range(0, stored.shape[0], height):
         rows = slice(begin, min(begin + height, stored.shape[0]))
         stored[rows] = packing.pack(values(rows).to(stored.device, torch.float32).contiguous())
