@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collie_core.models.weight_map import ParallelPlan
     from collie_core.shard import Piece
 
-#: Elements packed at once, by device.  What packs them takes some 25 bytes for each; on CUDA launches cost more.
+#: Elements packed at once, by device: some 25 bytes for each are taken, and on CUDA launches take the time.
 _CHUNK = {"cpu": 2**18, "cuda": 2**22}
 
 
