@@ -100,6 +100,8 @@ def schema_at(schema: Mapping[str, Any], path: Key, root: Mapping[str, Any]) -> 
         return schema
     for option in options:
         part = path[0]
+        if isinstance(part, int) and part < len(option.get("prefixItems", [])):
+            return schema_at(option["prefixItems"][part], path[1:], root)
         if isinstance(part, int) and "items" in option:
             return schema_at(option["items"], path[1:], root)
         if isinstance(part, str) and part in option.get("properties", {}):
@@ -158,7 +160,8 @@ def describe(schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
             )
         elif kind == "array":
             inner = describe(branch["items"], root) if "items" in branch else ""
-            words.append(f"a list of {inner}" if inner else "a list")
+            each = ", ".join(describe(item, root) for item in branch.get("prefixItems", []))
+            words.append(f"a list of {inner}" if inner else f"[{each}]" if each else "a list")
         elif kind in _TYPES:
             words.append(_TYPES[kind] + (f" that matches {branch['pattern']}" if "pattern" in branch else ""))
     return " or ".join(dict.fromkeys(words))

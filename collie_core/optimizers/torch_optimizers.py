@@ -13,7 +13,9 @@ import inspect
 from collections.abc import Mapping, Sequence
 from functools import cache
 from types import GenericAlias
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from collie_core.errors import Refusal
 from collie_core.hookspecs import hookimpl
@@ -33,6 +35,18 @@ _OURS: dict[str, tuple[Any, Any]] = {
     "in_backward": (bool, False),  # update each parameter in the backward pass and free its gradient
     "clip_mode": (Literal["auto", "two_pass", "keep"], "auto"),  # how it learns the norm: docs/methods.md
     "state_dtype": (Literal["float32", "bfloat16"], "float32"),  # of the states of a parameter's elements
+}
+
+_FROM_0, _BELOW_1 = Field(ge=0), Field(ge=0, lt=1)
+#: What torch's constructors refuse, told by key: option -> limits of a number, or of each in a tuple.
+_LIMITS: dict[str, Any] = {
+    **dict.fromkeys(("eps", "lr_decay", "initial_accumulator_value", "momentum", "momentum_decay"), _FROM_0),
+    "betas": _BELOW_1,
+    "rho": Field(ge=0, le=1),
+    "beta2_decay": Field(le=0),
+    "d": Field(ge=1),
+    "etas": (Field(gt=0, lt=1), Field(gt=1)),
+    "RMSprop.alpha": _FROM_0,  # that of ASGD may be any
 }
 
 
@@ -61,14 +75,14 @@ class TorchOptimizerPlugin:
 
     @hookimpl
     def collie_check(self, run: Run) -> Sequence[str]:
-        """Values that torch refuses, and weight decay where it has none."""
+        """Options that contradict each other or the layout, and weight decay where torch has none."""
         import torch
 
         section, arguments = run.config.optimizer, _parameters_of(type(self).__name__)
         wants_decay = section.weight_decay or any(group.weight_decay for group in section.param_groups)
         if wants_decay and "weight_decay" not in arguments:
             return [f"optimizer.weight_decay: {section.name} has no weight decay; set it to 0"]
-        try:
+        try:  # a check of a newer torch, which `_LIMITS` lacks
             self.torch_class([torch.nn.Parameter(torch.zeros(1))], **self.constructor_options)
         except ValueError as error:
             return [f"optimizer: torch's {type(self).__name__} refuses its options: {error}"]
@@ -144,7 +158,11 @@ def _parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
 def _options_of(name: str, ours: tuple[str, ...]) -> type:
     """A frozen dataclass with the constructor's options and defaults, and some of `_OURS`."""
     fields: list[Any] = [
-        (key, _type_of(parameter.default), dataclasses.field(default=_plain(parameter.default)))
+        (
+            key,
+            _type_of(parameter.default, _LIMITS.get(f"{name}.{key}", _LIMITS.get(key))),
+            dataclasses.field(default=_plain(parameter.default)),
+        )
         for key, parameter in _parameters_of(name).items()
         if key not in _NOT_OPTIONS
     ]
@@ -152,13 +170,15 @@ def _options_of(name: str, ours: tuple[str, ...]) -> type:
     return dataclasses.make_dataclass("Options", fields, frozen=True, kw_only=True)
 
 
-def _type_of(default: Any) -> Any:
-    """The type of an option, from its default; a number may be any float."""
+def _type_of(default: Any, limits: Any = None) -> Any:
+    """The type of an option, from its default; a number may be any float within `limits`."""
     if isinstance(default, bool):
         return bool
     if isinstance(default, tuple):
-        return GenericAlias(tuple, tuple(_type_of(item) for item in default))
-    return float if default is not None else float | None
+        each = limits if isinstance(limits, tuple) else (limits,) * len(default)
+        return GenericAlias(tuple, tuple(map(_type_of, default, each)))
+    number: Any = float if limits is None else Annotated[float, limits]
+    return number if default is not None else number | None
 
 
 def _plain(default: Any) -> Any:
@@ -262,7 +282,13 @@ class SGD(TorchOptimizerPlugin):
 
     @hookimpl
     def collie_check(self, run: Run) -> Sequence[str]:
-        """As all of torch's, and a first step that is like no other."""
+        """As all of torch's, what Nesterov's momentum needs, and a first step that is like no other."""
+        momentum, dampening = self.options.momentum, self.options.dampening
+        if self.options.nesterov and (not momentum or dampening):
+            return [
+                "optimizer.nesterov: expected false, or true with momentum > 0 and dampening 0, got true "
+                f"with momentum {momentum:g} and dampening {dampening:g}"
+            ]
         found = list(super().collie_check(run))
         if self.options.in_backward and self.options.dampening:
             found.append(

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from collie_core.cli.main import main
+from collie_core.config.problems import ConfigProblems
 from collie_core.config.schema import CollieConfig
 from collie_core.errors import CheckpointError
 from collie_core.optimizers import torch_optimizers
@@ -88,8 +90,6 @@ def test_options_are_those_of_the_constructor(name: str) -> None:
 
 
 def test_options_are_checked(tmp_path: Path) -> None:
-    from collie_core.config.problems import ConfigProblems
-
     adamw = PLUGINS["AdamW"]
     assert validate_options(adamw, {"betas": [0.8, 0.9]}).betas == (0.8, 0.9)
     assert validate_options(PLUGINS["SGD"], {"momentum": 0.9}).momentum == 0.9
@@ -97,12 +97,52 @@ def test_options_are_checked(tmp_path: Path) -> None:
     for wrong in ({"beta": [0.8, 0.9]}, {"betas": [0.8]}, {"amsgrad": 1}, {"eps": "1"}, {"fused": True}):
         with pytest.raises(ConfigProblems):
             validate_options(adamw, wrong)
-    [problem] = plugin_of("AdamW", betas=[2.0, 0.9]).collie_check(run_of(tmp_path, "AdamW"))
-    assert problem == "optimizer: torch's AdamW refuses its options: Invalid beta parameter at index 0: 2.0"
+    [problem] = plugin_of("SGD", nesterov=True).collie_check(run_of(tmp_path, "SGD"))
+    assert problem.startswith("optimizer.nesterov: expected false, or true with momentum > 0 and dampening 0")
     [problem] = plugin_of("Rprop").collie_check(run_of(tmp_path, "Rprop", weight_decay=0.1))
     assert problem.startswith("optimizer.weight_decay: rprop has no weight decay")
     for name in NAMES:
         assert plugin_of(name).collie_check(run_of(tmp_path, name)) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_number_is_refused_where_torch_refuses_it(name: str) -> None:
+    def admitted(make: Any) -> bool:
+        try:
+            make()
+        except (ValueError, ConfigProblems):
+            return False
+        return True
+
+    torch_class, parameter = plugin_of(name).torch_class, nn.Parameter(torch.zeros(1))
+    for key, default in plugin_of(name).constructor_options.items():
+        if isinstance(default, bool):
+            continue
+        for value in (-1.0, -1e-3, 0.0, 0.5, 1.0, 1.5):
+            changed: list[Any] = [value]
+            if isinstance(default, tuple):
+                changed = [(*default[:i], value, *default[i + 1 :]) for i in range(len(default))]
+            for option in changed:
+                ours = admitted(lambda key=key, option=option: plugin_of(name, **{key: option}))
+                torchs = admitted(lambda key=key, option=option: torch_class([parameter], **{key: option}))
+                assert ours == torchs, (key, option)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("betas: [1.5, 0.9]", "optimizer.betas.0: expected a number >= 0 and < 1, got 1.5"),
+        ("betas: 0.9", "optimizer.betas: expected [a number >= 0 and < 1, a number >= 0 and < 1], got 0.9"),
+        ("eps: -1", "optimizer.eps: expected a number >= 0, got -1"),
+    ],
+)
+def test_a_wrong_number_is_told_by_its_key_before_anything_is_read(
+    option: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(f"model: {{path: /no/such/model}}\noptimizer:\n  name: adamw\n  {option}\n")
+    assert main(["config", "check", str(file)]) == 2
+    assert f"{file}:4: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", NAMES)
