@@ -118,12 +118,40 @@ def resume_differences(saved: Mapping[str, Any], config: CollieConfig) -> list[t
         for path, old, new in _differences(saved, config.to_mapping(), ())
         if not any(path[: len(free)] == free for free in MAY_DIFFER)
     ]
-    before = global_batch_size(CollieConfig(**{**saved, "output_dir": config.output_dir}))
-    now = global_batch_size(config)
-    if before != now:
-        message = f"the global batch is {now} rows, but {before} in the run to resume"
-        found.append((("train", "micro_batch_size"), message))
+    before = CollieConfig(**{**saved, "output_dir": config.output_dir})
+    if global_batch_size(before) != global_batch_size(config):
+        found.append(_other_global_batch(before, config))
     return found
+
+
+def _other_global_batch(before: CollieConfig, config: CollieConfig) -> tuple[Key, str]:
+    """The first key that has changed, and the factors: then, now, and so that the rows stay as many."""
+    rows = global_batch_size(before)
+    dp_size = _largest_divisor(rows, config.dp_size)
+    micro_batch_size = _largest_divisor(rows // dp_size, config.train.micro_batch_size)
+    keep = _factors(micro_batch_size, rows // dp_size // micro_batch_size, dp_size)
+    derived = config.train.global_batch_size is not None
+    message = (
+        f"the global batch is {_batch(config)}, but the run to resume has {_batch(before)}; set {keep}"
+        f"{f', global_batch_size {rows}' if derived else ''}, or use another output_dir"
+    )
+    sizes = ("global_batch_size", "micro_batch_size", "gradient_accumulation_steps")
+    changed = [size for size in sizes if getattr(before.train, size) != getattr(config.train, size)]
+    return (("train", changed[0]) if changed else ("dp_size",)), message
+
+
+def _batch(config: CollieConfig) -> str:
+    factors = _factors(config.train.micro_batch_size, accumulation_steps(config), config.dp_size)
+    return f"{global_batch_size(config)} rows ({factors})"
+
+
+def _factors(micro_batch_size: int, accumulation: int, dp_size: int) -> str:
+    of_rank = f"micro_batch_size {micro_batch_size} x gradient_accumulation_steps {accumulation}"
+    return f"{of_rank} x dp_size {dp_size}"
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
 
 
 def _differences(old: Any, new: Any, path: Key) -> Iterator[tuple[Key, Any, Any]]:

@@ -210,3 +210,52 @@ def test_a_resume_may_change_some_keys_and_no_others() -> None:
     )
     changed = {path for path, _ in resume_differences(saved, other)}
     assert changed == {("seed",), ("optimizer", "lr"), ("optimizer", "name"), ("train", "micro_batch_size")}
+
+
+@pytest.mark.parametrize(
+    ("train", "dp_size", "key", "now", "keep"),
+    [
+        ({"micro_batch_size": 8}, 2, "train.micro_batch_size", (16, 8, 1, 2), (4, 1, 2)),
+        (
+            {"micro_batch_size": 2, "gradient_accumulation_steps": 3},
+            2,
+            "train.micro_batch_size",
+            (12, 2, 3, 2),
+            (2, 2, 2),
+        ),
+        (
+            {"micro_batch_size": 4, "gradient_accumulation_steps": 2},
+            2,
+            "train.gradient_accumulation_steps",
+            (16, 4, 2, 2),
+            (4, 1, 2),
+        ),
+        ({"micro_batch_size": 4}, 4, "dp_size", (16, 4, 1, 4), (2, 1, 4)),
+        ({"micro_batch_size": 4}, 3, "dp_size", (12, 4, 1, 3), (4, 1, 2)),
+    ],
+)
+def test_another_global_batch_is_told_by_the_key_that_changed_with_all_factors(
+    train: dict[str, int],
+    dp_size: int,
+    key: str,
+    now: tuple[int, int, int, int],
+    keep: tuple[int, int, int],
+) -> None:
+    text = "micro_batch_size {} x gradient_accumulation_steps {} x dp_size {}".format
+    model = {"path": "x"}
+    saved = CollieConfig(model=model, train={"micro_batch_size": 4}, dp_size=2).to_mapping()
+    [(path, message)] = resume_differences(saved, CollieConfig(model=model, train=train, dp_size=dp_size))
+    assert ".".join(map(str, path)) == key
+    assert message == (
+        f"the global batch is {now[0]} rows ({text(*now[1:])}), but the run to resume has 8 rows "
+        f"({text(4, 1, 2)}); set {text(*keep)}, or use another output_dir"
+    )
+
+
+def test_a_changed_global_batch_size_is_told_by_its_key() -> None:
+    train, model = {"micro_batch_size": 2}, {"path": "x"}
+    saved = CollieConfig(model=model, train={**train, "global_batch_size": 8}).to_mapping()
+    config = CollieConfig(model=model, train={**train, "global_batch_size": 12})
+    [(path, message)] = resume_differences(saved, config)
+    assert path == ("train", "global_batch_size")
+    assert "gradient_accumulation_steps 4 x dp_size 1, global_batch_size 8, or use another" in message
