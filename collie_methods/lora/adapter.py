@@ -24,6 +24,7 @@ from collie_core.plugin import (
 from collie_methods.lora import names
 from collie_methods.lora.delta import LoraDelta
 from collie_methods.lora.files import base_model, read_folder, refuse_others, write_folder
+from collie_methods.lora.plugin import written
 from collie_methods.lora.values import initial
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ class LoraAdapter:
         self._stock = names.stock_names(self.run.source, model)
         options = self.options
         self.paths = self._loaded_paths() if options.path else names.chosen(model, options.target_modules)
+        targets = options.target_modules
+        if "target_modules" in written(options, self.run) and names.chosen(model, targets) != self.paths:
+            has = names.as_targets(self.paths, self._known)
+            raise ConfigError(f"target_modules: is {targets!r}, but {options.path} has {has}; leave it out")
         pissa = options.init_lora_weights.startswith("pissa")
         for path in self.paths:
             linear = model.get_submodule(path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -16,8 +18,10 @@ if TYPE_CHECKING:
     from collie_core.run import Run
 
 _NAMED = ("lora", "prompt_tuning", "p_tuning", "prefix_tuning")
-#: options that a folder of `path` may be trained further with
-_BESIDE_PATH = ("path", "adapter_name", "lora_dropout", "loraplus_lr_ratio")
+#: options that a folder of `path` may be trained further with, and one that is compared on the model
+_BESIDE_PATH = ("lora_dropout", "loraplus_lr_ratio", "target_modules")
+#: options that the folder has too -> peft's default where it says nothing
+_SAVED: Mapping[str, Any] = {"r": 8, "lora_alpha": 8, "use_rslora": False, "use_dora": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,7 @@ class LoraOptions:
     values of the weight) or `pissa_niter_4` (the same, found in so many iterations).
     loraplus_lr_ratio: the learning rate of B over that of A.
     adapter_name: tells several adapters apart.  path: the folder of an adapter to go on with, which then
-    says rank, modules and all else.
+    says rank, modules and all else; what is written beside it must be the same.
     """
 
     r: Annotated[int, Field(ge=1)] = 8
@@ -68,7 +72,8 @@ class LoraPlugin:
     @hookimpl
     def collie_check(self, run: Run) -> list[str]:
         """Options that contradict each other, or the layout."""
-        options, found = self.options, same_names(run) + beside_path(self.options, _BESIDE_PATH)
+        options = self.options
+        found = same_names(run) + beside_path(options, run, _SAVED, _BESIDE_PATH)
         if not options.target_modules:
             found.append("target_modules: names no linear; leave it out for all-linear")
         if options.use_dora or options.init_lora_weights.startswith("pissa"):
@@ -85,16 +90,44 @@ class LoraPlugin:
         return LoraAdapter(self.options, run)
 
 
-def beside_path(options: Any, allowed: tuple[str, ...]) -> list[str]:
-    """Options that say something of an adapter whose folder says it: all that are set but those `allowed`."""
+def written(options: Any, run: Run) -> Mapping[str, Any]:
+    """The keys that the config has beside the `path` of these options, values that are defaults included."""
     if options.path is None:
-        return []
-    default = type(options)()
-    return [
-        f"{field.name}: the folder of path says it; leave it out"
-        for field in dataclasses.fields(options)
-        if field.name not in allowed and getattr(options, field.name) != getattr(default, field.name)
-    ]
+        return {}
+    for section in run.config.adapters:
+        own = section.options
+        same_folder = Path(str(own.get("path"))) == Path(options.path)
+        if same_folder and own.get("adapter_name", "default") == options.adapter_name:
+            return {key: value for key, value in own.items() if key not in ("path", "adapter_name")}
+    return {}  # the adapter of a folder in model.path, which the config does not describe
+
+
+def beside_path(options: Any, run: Run, saved: Mapping[str, Any], allowed: tuple[str, ...] = ()) -> list[str]:
+    """What is written beside `path` and differs from what its folder says, or is of a new adapter alone.
+
+    saved: what the folder says, with peft's defaults.  allowed: options that are not compared here.
+    """
+    found, folder = [], saved_config(options.path)
+    for key in written(options, run):
+        value = getattr(options, key)
+        if key in saved:
+            has = folder.get(key, saved[key])
+            if folder and value != has:
+                found.append(f"{key}: is {value!r}, but {options.path} has {has!r}; leave it out")
+        elif key not in allowed:
+            found.append(f"{key}: is {value!r}, but of a new adapter alone, and path names one; leave it out")
+    return found
+
+
+def saved_config(path: str | None) -> Mapping[str, Any]:
+    """What an adapter's folder says; nothing where it cannot be read, which is told when it is loaded."""
+    if path is None:
+        return {}
+    try:
+        content = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def deepspeed_zero3(run: Run, what: str, reason: str) -> list[str]:

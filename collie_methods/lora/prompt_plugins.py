@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from collie_core.hookspecs import hookimpl
-from collie_methods.lora.plugin import beside_path, deepspeed_zero3, same_names
+from collie_methods.lora.plugin import beside_path, deepspeed_zero3, same_names, saved_config
 
 if TYPE_CHECKING:
     from collie_core.hookspecs import Adapter
@@ -69,7 +67,7 @@ class _VirtualPlugin:
     @hookimpl
     def collie_check(self, run: Run) -> list[str]:
         """What contradicts the data."""
-        beside = beside_path(self.options, ("path", "adapter_name"))
+        beside = beside_path(self.options, run, {"num_virtual_tokens": None})
         return [*_problems(run, self.virtual_tokens), *beside]
 
     @hookimpl
@@ -127,13 +125,8 @@ class PrefixTuningPlugin(_VirtualPlugin):
 
 def _virtual_tokens(options: VirtualOptions) -> int:
     """Their number; that of the folder of `path`, whose other contents are checked when it is loaded."""
-    if options.path is None:
-        return options.num_virtual_tokens
-    try:
-        content = json.loads((Path(options.path) / "adapter_config.json").read_text(encoding="utf-8"))
-        return int(content["num_virtual_tokens"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return options.num_virtual_tokens
+    saved = saved_config(options.path).get("num_virtual_tokens")
+    return saved if isinstance(saved, int) else options.num_virtual_tokens
 
 
 def _problems(run: Run, count: int) -> Iterator[str]:

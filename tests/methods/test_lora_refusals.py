@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from training_helpers import config
 from collie_core import AutoModelForCausalLM, Trainer
 from collie_core.cli.main import main
 from collie_core.errors import UserError
+from collie_core.train.setup import check_run
 
 TWICE = [{"adapter_name": "a"}, {"adapter_name": "a"}]
 OVER_DORA = [{"use_dora": True}, {"adapter_name": "b"}]
@@ -39,7 +41,6 @@ BY_DISTRIBUTION = {"layout": {"name": "collie-deepspeed:deepspeed", "zero_stage"
         ([{"use_dora": True}], BY_DISTRIBUTION, "set layout to {name: native, zero_stage: 3}"),
         ([{"use_dora": True}], PARTITIONED, "set layout to {name: native, zero_stage: 3}"),
         ([{"name": "lora", "path": "x"}], {}, "x: no folder of an adapter"),
-        ([{"path": "x"}], {}, "r: the folder of path says it; leave it out"),
     ],
 )
 def test_a_config(
@@ -144,6 +145,41 @@ def test_commands(
         assert main(["export", *arguments]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"r": 8}, "r: is 8, but {} has 4; leave it out"),  # the default, though written
+        ({"lora_alpha": 8}, "lora_alpha: is 8.0, but {} has 16; leave it out"),
+        ({"use_dora": True}, "use_dora: is True, but {} has False; leave it out"),
+        ({"init_lora_weights": "default"}, "init_lora_weights: is 'default', but of a new adapter alone"),
+    ],
+)
+def test_an_option_beside_path_that_differs(
+    option: dict[str, Any], message: str, adapter: Path, tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    section = {"name": "lora", "path": str(adapter), **option}
+    with pytest.raises(UserError, match=re.escape(message.format(adapter))):
+        check_run(lora_config(tiny_llama, data_file, tmp_path / "run", section))
+
+
+def test_other_modules_beside_path(adapter: Path, tiny_llama: Path, data_file: Path, tmp_path: Path) -> None:
+    section = {"name": "lora", "path": str(adapter), "target_modules": "attention"}
+    with pytest.raises(UserError, match=f"target_modules: is 'attention', but {adapter} has .*'down_proj'"):
+        Trainer(lora_config(tiny_llama, data_file, tmp_path / "run", section)).train()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"r": 4, "lora_alpha": 16, "use_dora": False, "target_modules": "all-linear"}]
+)
+def test_an_adapter_goes_on_with_its_own_options_written_or_not(
+    options: dict[str, Any], adapter: Path, tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    section = {"name": "lora", "path": f"{adapter}/", **options}
+    run = lora_config(tiny_llama, data_file, tmp_path / "run", section, train={"max_steps": 1})
+    result = adapter_of(Trainer(run).train())
+    assert json.loads((result / "adapter_config.json").read_text())["r"] == 4
 
 
 def test_a_run_folder_as_path_names_the_adapter_within(

@@ -13,6 +13,7 @@ from training_helpers import config, losses
 
 from collie_core import AutoModelForCausalLM, Trainer
 from collie_core.errors import UserError
+from collie_core.train.setup import check_run
 
 KINDS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"name": "prompt_tuning"},
@@ -110,8 +111,7 @@ def test_virtual_tokens_cannot_be_merged(tiny_llama: Path, data_file: Path, tmp_
         ([{"name": "p_tuning"}, {"name": "prefix_tuning", "adapter_name": "b"}], "one adapter alone can put"),
         ([{"name": "prompt_tuning", "num_virtual_tokens": 64}], "leave no room for a record"),
         ([{"name": "prompt_tuning", "prompt_tuning_init": "text"}], "needs prompt_tuning_init_text"),
-        ([{"name": "prompt_tuning", "path": "x", "num_virtual_tokens": 3}], "num_virtual_tokens: the folder"),
-        ([{"name": "p_tuning", "path": "x", "encoder_hidden_size": 8}], "encoder_hidden_size: the folder"),
+        ([{"name": "p_tuning", "path": "x", "encoder_hidden_size": 8}], "encoder_hidden_size: is 8, but of"),
     ],
 )
 def test_what_is_refused(
@@ -120,3 +120,16 @@ def test_what_is_refused(
     with pytest.raises(UserError, match=message):
         Trainer(lora_config(tiny_llama, data_file, tmp_path / "run", *sections)).train()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_a_number_beside_path_must_be_that_of_the_folder(
+    name: str, tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"num_virtual_tokens": 5}')
+    section = {"name": name, "path": str(tmp_path), "num_virtual_tokens": 5}
+    check_run(lora_config(tiny_llama, data_file, tmp_path / "run", section))
+    section["num_virtual_tokens"] = 20  # the default, though written
+    message = f"num_virtual_tokens: is 20, but {tmp_path} has 5; leave it out"
+    with pytest.raises(UserError, match=message):
+        check_run(lora_config(tiny_llama, data_file, tmp_path / "run", section))
