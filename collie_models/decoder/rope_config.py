@@ -5,22 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from collie_core.plugin import ConfigError
 from collie_models.decoder.config_reader import ConfigReader
 from collie_models.decoder.rope_scaling import Dynamic, Linear, Llama3, LongRope, Scaling, Unscaled, Yarn
 from collie_models.decoder.rotary import Rotary
 
 
 def read_rotary(config: ConfigReader, dim: int, max_positions: int) -> Rotary:
-    """Half-split rotary over `dim` channels.  Raises ConfigError for an unknown type, key or value."""
-    found = config.content.get("rope_parameters") or config.content.get("rope_scaling") or {}
-    if not isinstance(found, dict):
-        raise config.wrong(
-            "rope_parameters" if "rope_parameters" in config.content else "rope_scaling", "a mapping"
+    """Half-split rotary over `dim` channels.
+
+    Raises ConfigError for an unknown type, key or value, and where both spellings are used and differ.
+    """
+    stated = [key for key in ("rope_parameters", "rope_scaling") if config.content.get(key)]
+    found = [_read(config, key, dim, max_positions) for key in stated or ["rope_parameters"]]
+    if found[0] != found[-1]:  # transformers takes rope_scaling, and with it another rope_theta
+        raise ConfigError(
+            f"{config.where}rope_parameters and rope_scaling are both given and differ; say in one of them, "
+            "with rope_theta, what is meant"
         )
-    rope = ConfigReader(found, f"{config.where}rope_parameters.")
+    return found[0]
+
+
+def _read(config: ConfigReader, key: str, dim: int, max_positions: int) -> Rotary:
+    """What one of the two mappings says, with the keys beside it."""
+    stated = config.content.get(key) or {}
+    if not isinstance(stated, dict):
+        raise config.wrong(key, "a mapping")
+    rope = ConfigReader(stated, f"{config.where}{key}.")
     theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
     rope.refuse_unless("partial_rotary_factor", 1, 1.0)
-    type_key = "rope_type" if "rope_type" in found else "type"
+    type_key = "rope_type" if "rope_type" in stated else "type"
     known, read = rope.choice(type_key, _TYPES, "default")
     rope.refuse_others([*_COMMON_KEYS, *known])
     original = config.content.get("original_max_position_embeddings")
@@ -104,6 +118,7 @@ _TYPES: dict[str, tuple[tuple[str, ...], _Reader]] = {
             "mscale",
             "mscale_all_dim",
             "truncate",
+            "finetuned",  # of the authors' checkpoints: what their other, dynamic variant begins with
         ),
         _yarn,
     ),

@@ -47,6 +47,12 @@ RELEASED: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "llama Yarn-Llama-2": {
+        "rope_scaling": {
+            **{"factor": 16.0, "original_max_position_embeddings": 4096, "type": "yarn"},
+            "finetuned": True,
+        },
+    },
     "llama SmolLM2": {
         **{"is_llama_config": True, "rope_interleaved": False, "rope_scaling": None},
         "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},

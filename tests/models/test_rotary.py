@@ -93,6 +93,26 @@ def test_both_spellings_are_one() -> None:
     assert read_rotary(ConfigReader({"rope_scaling": None}), DIM, 64) == Rotary(DIM, 10000.0)
 
 
+def test_spellings_that_differ_are_refused() -> None:
+    """transformers takes rope_scaling then, and the base beside it."""
+    both = {"rope_scaling": TYPES["yarn"], "rope_parameters": TYPES["yarn"] | {"rope_theta": 500.0}}
+    with pytest.raises(ConfigError, match="rope_parameters and rope_scaling are both given and differ"):
+        read_rotary(ConfigReader(both), DIM, 64)
+    assert read_rotary(ConfigReader(both | {"rope_theta": 500.0}), DIM, 64).theta == 500.0
+    with pytest.raises(ConfigError, match="both given and differ"):
+        read_rotary(ConfigReader(both | {"rope_parameters": {"rope_type": "default"}}), DIM, 64)
+    unset = both | {"rope_scaling": None}
+    assert read_rotary(ConfigReader(unset), DIM, 64).theta == 500.0
+
+
+def test_finetuned_changes_nothing() -> None:
+    """Of the checkpoints that the authors of YaRN released."""
+    stated = {"rope_scaling": TYPES["yarn"] | {"finetuned": True}}
+    assert read_rotary(ConfigReader(stated), DIM, 64) == read_rotary(
+        ConfigReader({"rope_scaling": TYPES["yarn"]}), DIM, 64
+    )
+
+
 def test_the_top_level_original_length_goes_before() -> None:
     hf_config = {"rope_scaling": TYPES["yarn"], "original_max_position_embeddings": 8}
     assert read_rotary(ConfigReader(hf_config), DIM, 64).scaling.original_max_positions == 8  # type: ignore[attr-defined]
