@@ -101,4 +101,11 @@ def _stock(config: PreTrainedConfig) -> PreTrainedModel:
             f"model_type {config.model_type!r}: transformers cannot make this model: {reason}"
         ) from None
     assert isinstance(model, PreTrainedModel)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):  # it would look into the ids; padding is the engine's affair
+            module.warn_if_padding_and_no_attention_mask = _no_warning  # type: ignore[method-assign]
     return model
+
+
+def _no_warning(*args: Any) -> None:
+    pass

@@ -168,6 +168,16 @@ def test_names_without_the_prefix_of_the_base_model(tmp_path: Path) -> None:
     assert load_file(tmp_path / "saved" / "model.safetensors").keys() == tensors.keys()
 
 
+def test_gpt2_with_a_padding_token(tmp_path: Path) -> None:
+    """With one the library's model looks for it in the ids, which have no values while it is taken apart."""
+    stock = save_stock(tmp_path, GPT2Config(**CONFIGS["gpt2"].to_dict() | {"pad_token_id": 0}))
+    model = Ours.from_pretrained(tmp_path)
+    padded = ids().masked_fill(masks()["right"] == 0, 0)
+    found, expected = (run(padded, attention_mask=masks()["right"]).logits for run in (model, stock))
+    seen = masks()["right"].bool()
+    torch.testing.assert_close(found[seen], expected[seen], atol=1e-5, rtol=1e-5)
+
+
 def test_a_bin_file_is_read(tmp_path: Path) -> None:
     stock = save_stock(tmp_path, CONFIGS["phi"])
     (tmp_path / "model.safetensors").unlink()
