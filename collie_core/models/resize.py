@@ -22,10 +22,12 @@ def resize_vocabulary(model: nn.Module, origin: Origin, size: int) -> None:
     if size < 1:
         raise UserError(f"resize_token_embeddings({size}): expected at least 1")
     plan = origin.provider.parallel_plan(origin.config)
-    patterns = (*plan.embedding, *plan.head)
     slots = Slots(model)
-    names = [name for name in slots.tensors if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    if not names:
+    embedding, names = (
+        [name for name in slots.tensors if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        for patterns in (plan.embedding, (*plan.embedding, *plan.head))
+    )
+    if not embedding:  # of a head alone, either: it would no longer fit
         raise UserError(
             f"{type(model).__name__} names no embedding in its parallel plan; it cannot be resized"
         )

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from collie_core import AutoModelForCausalLM as Ours
-from collie_core.errors import CheckpointError, ConfigError, PluginError
+from collie_core.errors import CheckpointError, ConfigError, PluginError, UserError
 from collie_core.models.causal_lm import CausalLM, run_blocks
 from collie_core.models.provider import provider_for
 from collie_core.ops import Context
@@ -176,6 +176,16 @@ def test_gpt2_with_a_padding_token(tmp_path: Path) -> None:
     found, expected = (run(padded, attention_mask=masks()["right"]).logits for run in (model, stock))
     seen = masks()["right"].bool()
     torch.testing.assert_close(found[seen], expected[seen], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_that_scales_is_not_resized(tied: bool) -> None:
+    """Nor is the head alone, which would then not fit it."""
+    config = CONFIGS["gemma"].to_dict() | {"tie_word_embeddings": tied}
+    model = Ours.from_config(config, provider="hf")
+    with pytest.raises(UserError, match="names no embedding in its parallel plan; it cannot be resized"):
+        model.resize_token_embeddings(101)
+    assert model(ids()).logits.shape[-1] == 96
 
 
 def test_a_bin_file_is_read(tmp_path: Path) -> None:
