@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -236,10 +237,10 @@ def match_weights(
     """
     _check_rules(slots, rules, added)
     ignored = [rule.pattern for rule in rules if isinstance(rule, Ignore)]
-    wanted = [rule for rule in rules if rule.targets]
-    # a tied tensor may be in the file once or twice
     wanted = [
-        rule for rule in wanted if not slots.is_copy(rule) or all(name in reader for name in rule.sources)
+        _under_either_name(slots, rule, rules, reader)
+        for rule in rules
+        if rule.targets and (not slots.is_copy(rule) or all(name in reader for name in rule.sources))
     ]
     _refuse_quantised(slots, wanted, reader)
     known = {name for rule in rules for name in rule.sources}
@@ -261,6 +262,17 @@ def match_weights(
         lines = [f"\n  {kind}: {listed(names)}" for kind, names in problems.items() if names]
         raise CheckpointError(f"{reader.folder}: the weights do not fit the config{''.join(lines)}")
     return wanted
+
+
+def _under_either_name(
+    slots: Slots, rule: WeightRule, rules: Sequence[WeightRule], reader: Reader
+) -> WeightRule:
+    """A tied tensor may be in the file twice, or once: under its own name, or under that of its copy."""
+    if isinstance(rule, Rename) and rule.source not in reader:
+        for other in rules:
+            if isinstance(other, Rename) and slots.copies.get(other.target) == rule.target:
+                return replace(rule, source=other.source) if other.source in reader else rule
+    return rule
 
 
 def _refuse_quantised(slots: Slots, rules: Sequence[WeightRule], reader: Reader) -> None:

@@ -23,6 +23,7 @@ from transformers import LlamaForCausalLM as StockLlama
 
 from collie_core import AutoModelForCausalLM
 from collie_core.cli.main import main
+from collie_core.errors import CheckpointError
 from collie_core.models.export import export_pretrained
 from collie_core.models.weight_files import WeightReader
 
@@ -190,6 +191,24 @@ def test_tied_weights_stay_one(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         torch.testing.assert_close(
             StockLlama.from_pretrained(folder)(ids()).logits, stock(ids()).logits, atol=1e-5, rtol=1e-5
         )
+
+
+def test_a_tied_tensor_under_the_name_of_the_head_alone(tmp_path: Path) -> None:
+    """As safetensors' own `save_model` leaves it, which keeps the first name of a tensor."""
+    stock = stock_model(tied=True)
+    tensors = write(tmp_path / "source", "safetensors", stock)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    torch.testing.assert_close(model(ids()).logits, stock(ids()).logits, atol=1e-5, rtol=1e-5)
+    assert main(["export", str(tmp_path / "source"), str(tmp_path / "out")]) == 0
+    assert "model.embed_tokens.weight" in load_file(tmp_path / "out" / "model.safetensors")
+    again = StockLlama.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(again(ids()).logits, stock(ids()).logits, atol=1e-5, rtol=1e-5)
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing: model\.embed_tokens\.weight$"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "source")
 
 
 def test_configs_and_tokenizer_travel_along(tiny_llama: Path, tmp_path: Path) -> None:
