@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -44,17 +45,19 @@ class GradientFlow:
         world: Axis | None = None,
         hooked: bool = True,
         device: torch.device | None = None,
+        visible: bool = False,
     ) -> None:
         """parameters: those of the module, by name.  shards: this rank's part of each, under the same names.
         world: all ranks, over which the norm is completed.  hooked: false where gradients are still on their
         way to host memory when a hook would fire; they are then taken by `flush`.  device: where gradients
-        are when they are used, for a rank that trains nothing."""
+        are when they are used, for a rank that trains nothing.  visible: what accumulates is in `.grad`,
+        where all find it and `zero_grad` drops it."""
         self.shards = shards or {name: Shard.whole(name, p) for name, p in parameters.items()}
         self.parameters = dict(parameters)
         self.mode: Mode = "accumulate"
         self.finite: Tensor | None = None
         self.update: Update | None = None
-        self._world, self._device = world, device
+        self._world, self._device, self._visible = world, device, visible
         self._squares: list[Tensor] = []
         self._sums: dict[str, Tensor] = {}
         self._taken: set[str] = set()
@@ -92,6 +95,20 @@ class GradientFlow:
         while self._left:
             self._complete(self._left.pop(0))
         self._finish()
+
+    @contextmanager
+    def earlier_kept(self) -> Iterator[None]:
+        """Within, where gradients are visible, what accumulated before counts, and is there again after."""
+        earlier = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        for name in earlier:
+            self.parameters[name].grad = None
+        self._sums = dict(earlier)
+        try:
+            yield
+        finally:
+            self._sums = {}
+            for name, gradient in earlier.items():
+                self.parameters[name].grad = gradient
 
     def norm(self) -> Tensor:
         """L2 norm (0-d, fp32) of all gradients that became complete since `arm`, over all ranks."""
@@ -131,13 +148,19 @@ class GradientFlow:
         return complete
 
     def _accumulate(self, name: str, parameter: Tensor) -> None:
-        if parameter.dtype != torch.float32 and parameter.grad is not None:
+        if parameter.dtype == torch.float32 or parameter.grad is None:
+            return
+        if self._visible:
+            parameter.grad = parameter.grad.float()
+        else:
             self._sums[name] = self._with_earlier(name, _local(parameter.grad).float())
             parameter.grad = None
 
     def _with_earlier(self, name: str, gradient: Tensor) -> Tensor:
         earlier = self._sums.pop(name, None)
-        return gradient if earlier is None else earlier.add_(gradient)
+        if earlier is None:
+            return gradient
+        return earlier + gradient if self._visible else earlier.add_(gradient)
 
     def _take(self, name: str, parameter: Tensor) -> None:
         """The gradient of this rank's part is there: use it, or let it wait for the rest of its unit."""

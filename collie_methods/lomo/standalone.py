@@ -5,6 +5,8 @@ Instead of `loss.backward()`, `optimizer.step()` and `optimizer.zero_grad()`:
     optimizer = Lomo(model, lr=1e-2, clip_grad_norm=1.0)
     for batch in batches:
         optimizer.fused_backward(model(**batch).loss)
+
+Gradients of ordinary backward passes before it, which are in `.grad`, in fp32, count in its step.
 """
 
 from __future__ import annotations
@@ -37,16 +39,17 @@ class _FusedLoop:
         _check("weight_decay", group.weight_decay, least=0)
         self.lr, self.clip_grad_norm = lr, clip_grad_norm
         self._optimizer = optimizer
-        self._flow = GradientFlow(group.parameters)
+        self._flow = GradientFlow(group.parameters, visible=True)
         self._norm: Tensor | None = None
         self._closed = False
 
     def grad_norm(self, loss: Tensor) -> Tensor:
-        """L2 norm of all gradients of `loss` (0-d, fp32); each gradient is dropped at once.
+        """L2 norm of all gradients of `loss`, with what is in `.grad` (0-d, fp32); each is dropped at once.
 
         The backward pass keeps the graph for the next `fused_backward`, which clips by this norm.
         """
-        self._run(loss, "measure", keep_graph=True)
+        with self._flow.earlier_kept():
+            self._run(loss, "measure", keep_graph=True)
         self._norm = self._flow.norm().to(loss.device)
         return self._norm
 
@@ -98,6 +101,7 @@ class _FusedLoop:
         self._flow.arm(mode, finite, self._optimizer.update)
         try:
             loss.backward(retain_graph=keep_graph)
+            self._flow.flush()  # what accumulated of a parameter that this loss does not reach
         finally:
             self._flow.mode = "accumulate"  # the squares of the norm stay
 

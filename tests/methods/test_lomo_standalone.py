@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,45 @@ def test_ordinary_backward_still_collects_gradients(tiny_llama: Path) -> None:
     optimizer.fused_backward(loss_of(model, ids))
     loss_of(model, ids).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clip", [None, 0.1, 100.0])
+def test_what_ordinary_backward_accumulated_counts_in_the_step(
+    dtype: torch.dtype, clip: float | None
+) -> None:
+    torch.manual_seed(0)
+    ours = nn.ModuleList([nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 1)]).to(dtype)
+    reference = deepcopy(ours).float()
+    x = torch.randn(2, 3, 4).to(dtype)
+
+    def losses(model: nn.ModuleList) -> Iterator[Tensor]:
+        """Of three micro-batches; the last does not reach the third linear."""
+
+        def hidden(one: Tensor) -> Tensor:
+            result: Tensor = model[1](model[0](one.to(next(model.parameters()).dtype)).tanh())
+            return result
+
+        yield model[2](hidden(x[0])).float().square().mean()
+        yield hidden(x[1]).float().square().mean() / 2
+        yield hidden(x[0]).float().square().mean()
+
+    optimizer = Lomo(ours, lr=0.5, clip_grad_norm=clip)
+    next(losses(ours)).backward()
+    ours.zero_grad()  # and it does not
+    *earlier, last = losses(ours)
+    for loss in earlier:
+        loss.backward()
+    norm = optimizer.grad_norm(last)
+    optimizer.fused_backward(last)
+    assert all(p.grad is None for p in ours.parameters())
+    torch.stack(list(losses(reference))).sum().backward()
+    expected = nn.utils.clip_grad_norm_(reference.parameters(), clip or 1e9)
+    torch.optim.SGD(reference.parameters(), lr=0.5).step()
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+    torch.testing.assert_close(norm, expected, **close)
+    for one, other in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one.float(), other, **close)
 
 
 def test_frozen_parameters_and_tied_weights() -> None:
