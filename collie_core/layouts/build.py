@@ -15,6 +15,7 @@ from collie_core.config.problems import ConfigProblems, Key
 from collie_core.layouts.stage import Stage
 from collie_core.models.adapters import adapt, initialise_added
 from collie_core.models.buffers import persistent_buffers
+from collie_core.models.causal_lm import CausalLM
 from collie_core.models.loading import Slots
 from collie_core.models.sources import load_selected
 from collie_core.run import whole_shards
@@ -86,6 +87,8 @@ def place_whole(run: Run, provider: ModelProvider, adapters: Sequence[Adapter], 
     given = has_weights(model)
     if given:
         model = model.to(run.device)
+        if run.added and isinstance(model, CausalLM):  # the user may save, merge and use it afterwards
+            model.adapters = run.added
     else:
         load_selected(
             model,

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -174,6 +175,12 @@ class Stage(nn.Module):
         if unknown:
             raise ConfigError(f"loss_fn takes {unknown[0]!r}, but it may take: {', '.join(offered)}")
         loss = self.loss_fn(**{name: offered[name]() for name in names})
+        if not isinstance(loss, Tensor):
+            raise UserError(f"loss_fn returned {loss!r}; expected a tensor")
+        if torch.is_grad_enabled() and self.trains and not loss.requires_grad:
+            raise UserError(
+                "loss_fn returned a tensor that needs no gradient: it does not depend on the model"
+            )
         if loss.shape == batch.labels[:, 1:].shape:  # one loss a token: what has no target does not count
             loss = loss.masked_fill(batch.labels[:, 1:] == -100, 0.0).sum()
         if loss.ndim:

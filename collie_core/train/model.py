@@ -85,11 +85,10 @@ def _same_shapes(trainer: Trainer, run: Run) -> None:
     from collie_core.models.loading import Slots
 
     assert trainer.model is not None and run.source is not None
-    described = Slots(build_model(run.source)).tensors
-    given = Slots(trainer.model).tensors
+    described, given = Slots(build_model(run.source)), Slots(trainer.model)
     added = getattr(trainer.model, "adapters", {})
-    for name in sorted((described.keys() | given.keys()) - set(added)):
-        shapes = [list(of[name].shape) if name in of else None for of in (described, given)]
+    for name in sorted((described.tensors.keys() | given.tensors.keys()) - set(added)):
+        shapes = [list(of.shape(name)) if name in of.tensors else None for of in (described, given)]
         if shapes[0] != shapes[1]:
             raise ConfigError(
                 f"Trainer(model=...): {name} is {shapes[1] or 'absent'}, but the config of {run.source.path} "
@@ -134,8 +133,7 @@ def check_model(run: Run, plugins: RunPlugins, layout: Layout) -> None:
 
 def without_adapters(run: Run) -> None:
     """Refuse to train on top of adapters that are not merged."""
-    assert run.source is not None
-    if run.source.adapters or getattr(run.model, "adapters", None):
+    if (run.source is not None and run.source.adapters) or getattr(run.model, "adapters", None):
         message = (
             "has adapters: name its base model here and the adapter in adapters ({name: ..., path: folder}), "
             "or merge it first (collie export --merge, model.merge_adapters())"

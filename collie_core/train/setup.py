@@ -143,6 +143,7 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
         checkpoints = CheckpointManager(run.output_dir, section.keep, section.verify, own_group)
         checkpoint = checkpoint_to_resume(run, checkpoints)
         run.resolved.update(settled(run, checkpoint))
+        without_adapters(run)  # an object says so at once, and a folder when it is opened
         provider = open_model(trainer, run, plugins, stack, checkpoint)
         without_adapters(run)
         refuse(plugins.check(run))
@@ -192,7 +193,8 @@ def open_evaluation(trainer: Trainer) -> Iterator[Callable[[], dict[str, float]]
         assert run.source is not None
         selected = select_adapters(run.source.adapters, plugins)  # not those that the config would train
         refuse(plugins.check(run))
-        run.virtual_tokens = _virtual_tokens(selected)
+        # a model object brings its own
+        run.virtual_tokens = _virtual_tokens(selected) or getattr(run.model, "virtual_tokens", 0)
         data = required_dataset(trainer, run, provider, "eval")
         layout = _open_layout(run, plugins, stack)
         run.model_built = partial(plugins.model_built, run, training=False)

@@ -182,10 +182,10 @@ def test_what_ordinary_backward_accumulated_counts_in_the_step(
     torch.stack(list(losses(reference))).sum().backward()
     expected = nn.utils.clip_grad_norm_(reference.parameters(), clip or 1e9)
     torch.optim.SGD(reference.parameters(), lr=0.5).step()
-    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
-    torch.testing.assert_close(norm, expected, **close)
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (2e-2, 1e-2)
+    torch.testing.assert_close(norm, expected, rtol=rtol, atol=atol)
     for one, other in zip(ours.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(one.float(), other, **close)
+        torch.testing.assert_close(one.float(), other, rtol=rtol, atol=atol)
 
 
 def test_frozen_parameters_and_tied_weights() -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_runs import adapter_of, lora_config, own_logits, peft_logits
+from adapter_runs import IDS, adapter_of, lora_config, own_logits, peft_logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training_helpers import config, losses, metrics
 
 from collie_core import AutoModelForCausalLM, Trainer
 from collie_core.checkpoint.store import read_metadata
+from collie_core.errors import UserError
 from collie_core.plugin import Run, hookimpl
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -183,6 +184,39 @@ def test_a_model_given_as_an_object(tiny_llama: Path, data_file: Path, tmp_path:
         Trainer(lora_config(tiny_llama, data_file, out), model=model).train()
     expected, found = of(tmp_path / "read" / "model"), of(tmp_path / "given" / "model")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+ADAPTERS: list[list[dict[str, Any]]] = [
+    [{"name": "lora", "use_dora": True}],
+    [{"name": "nf4", "block_size": 32}, {"name": "lora"}],
+    [{"name": "p_tuning", "num_virtual_tokens": 5}],
+    [{"name": "prefix_tuning", "num_virtual_tokens": 5}],
+]
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS, ids=lambda adapters: adapters[0]["name"])
+def test_an_object_has_the_adapters_that_it_was_trained_with(
+    adapters: list[dict[str, Any]], tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    data = {"train": str(data_file), "eval": str(data_file), "max_length": 64}
+    plain = config(tiny_llama, data_file, tmp_path / "again", data=data)
+    of_run = config(tiny_llama, data_file, tmp_path / "run", data=data, adapters=adapters)
+    result = Trainer(of_run, model=model).train()
+    model.save_pretrained(tmp_path / "saved")
+    expected = own_logits(adapter_of(result))
+    assert torch.equal(own_logits(tmp_path / "saved"), expected)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, expected)
+    for known in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
+        assert Trainer(plain, model=known).evaluate() == result.evaluation
+    with pytest.raises(UserError, match="has adapters: name its base model here"):
+        Trainer(plain, model=model).train()
+    if adapters[-1]["name"] == "lora":
+        model.merge_adapters()
+        assert not [name for name, _ in model.named_parameters() if "lora" in name]
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16(tiny_llama: Path, data_file: Path, tmp_path: Path) -> None:

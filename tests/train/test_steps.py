@@ -12,6 +12,7 @@ import torch
 from training_helpers import config, largest_difference, losses, metrics, weights
 
 from collie_core import Trainer
+from collie_core.errors import UserError
 from collie_core.plugin import hookimpl
 
 
@@ -269,6 +270,21 @@ def test_custom_loss_is_called_with_the_arguments_it_names(
             config(tiny_llama, data_file, tmp_path / name, train={"max_steps": 3}), loss_fn=loss_fn
         ).train()
         assert losses(tmp_path / name) == pytest.approx(losses(plain), rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda logits: None, "loss_fn returned None; expected a tensor"),
+        (lambda logits: 1.5, r"loss_fn returned 1\.5; expected a tensor"),
+        (lambda logits: logits.detach().sum(), "it does not depend on the model"),
+    ],
+)
+def test_a_custom_loss_that_trains_nothing_is_refused(
+    returned: Any, message: str, tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        Trainer(config(tiny_llama, data_file, tmp_path / "run"), loss_fn=returned).train()
 
 
 def test_trainable_and_frozen_patterns(tiny_llama: Path, data_file: Path, tmp_path: Path) -> None:
