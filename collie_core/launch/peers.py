@@ -70,8 +70,12 @@ class Peers:
         self._rounds = 0
         self._failure: Failure | None = None
         self._told: bool | None = None
-        for work in (self._beat, self._watch):
-            threading.Thread(target=work, name=f"collie{work.__name__}", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=work, name=f"collie{work.__name__}", daemon=True)
+            for work in (self._beat, self._watch)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     # ------------------------------------------------------------------ the main thread's calls
 
@@ -120,6 +124,9 @@ class Peers:
                 self._mine.add("closing", 1)
                 time.sleep(0.2)
         self._left.set()
+        # one that is in a call of the store when the interpreter ends aborts the process
+        for thread in self._threads:
+            thread.join(CAUSE_S)
         _process.clear()
 
     @property
