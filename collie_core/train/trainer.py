@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,18 @@ class Trainer:
             raise ConfigError(f"Trainer: expected a CollieConfig (from_yaml reads a file), got {kind}")
         if model is not None and not callable(getattr(model, "named_parameters", None)):
             raise ConfigError(f"Trainer(model=...): expected a module, got {type(model).__name__}")
+        if model is not None and next(iter(model.parameters()), None) is None:
+            raise ConfigError("Trainer(model=...): the module has no parameters")
+        if isinstance(tokenizer, str | PathLike):
+            raise ConfigError(
+                "Trainer(tokenizer=...): expected a tokenizer, as AutoTokenizer reads one, got a path"
+            )
+        if not isinstance(callbacks, Sequence):
+            kind = type(callbacks).__name__
+            raise ConfigError(f"Trainer(callbacks=...): expected a list of callbacks, got {kind}")
+        for callback in callbacks:
+            if isinstance(callback, type):
+                raise ConfigError(f"Trainer(callbacks=...): {callback.__name__} is a class; give an instance")
         self.config = config
         self.model = model
         self.tokenizer = tokenizer

@@ -70,6 +70,22 @@ def test_what_is_no_config_and_no_model_is_refused(tiny_llama: Path, data_file: 
         Trainer(config(tiny_llama, data_file, tmp_path / "out"), model=wrong)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": torch.nn.Module()}, "the module has no parameters"),
+        ({"tokenizer": "folder"}, "expected a tokenizer, as AutoTokenizer reads one, got a path"),
+        ({"callbacks": object()}, "expected a list of callbacks, got object"),
+        ({"callbacks": [object]}, "object is a class; give an instance"),
+    ],
+)
+def test_objects_of_another_kind_are_refused(
+    given: dict[str, Any], message: str, tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Trainer(config(tiny_llama, data_file, tmp_path / "out"), **given)
+
+
 def test_masks_and_labels_have_the_shape_of_the_ids(tiny_llama: Path) -> None:
     model, ids = AutoModelForCausalLM.from_pretrained(tiny_llama), torch.ones(1, 8, dtype=torch.int64)
     with pytest.raises(UserError, match=r"attention_mask: expected the shape of input_ids, \(1, 8\), got"):
