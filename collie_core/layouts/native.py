@@ -140,7 +140,7 @@ class NativeLayout:
         return Pipeline(self.grid, self.stages, self.placed.width, self.placed.dtype)
 
     def close(self, error: BaseException | None) -> None:
-        """Remove the hooks, give back the process groups, and give torch its freedom back."""
+        """Remove the hooks and compiled graphs, give back the process groups, give torch its freedom back."""
         import torch
 
         if error is None:  # else other ranks may still wait in one
@@ -150,6 +150,8 @@ class NativeLayout:
             self.optimizer = None
         if self.run.config.train.deterministic:
             torch.use_deterministic_algorithms(False)
+        if self.run.resolved.get("compile"):  # of a function eight are kept, and later runs would have none
+            torch.compiler.reset()
 
     def count_micro_batches(self, rows: int) -> int:
         """Pieces of a rank's `rows` of a step; only as many as it has rows are made."""

@@ -362,6 +362,17 @@ def test_results_are_the_same_twice(tiny_llama: Path, data_file: Path, tmp_path:
     assert largest_difference(weights(one), weights(other)) == 0.0
 
 
+def test_a_compiled_run_leaves_room_for_the_graphs_of_the_next(
+    tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    from collie_models.decoder.blocks import SequentialBlock
+
+    run(tiny_llama, data_file, tmp_path / "out", train={"compile": True, "max_steps": 1})
+    assert not _debug_get_cache_entry_list(SequentialBlock.forward.__code__)
+
+
 def test_evaluations_without_data_are_told(
     tiny_llama: Path, data_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
