@@ -87,10 +87,10 @@ def test_a_job_on_two_nodes_has_the_losses_of_one_process(slurm: Cluster, folder
 
 
 def test_a_preempted_job_goes_on_to_the_same_losses(slurm: Cluster, folder: Path) -> None:
-    collie(folder, slurm.environ, "train", "run.yaml", "output_dir=alone", "train.epochs=10")
+    collie(folder, slurm.environ, "train", "run.yaml", "output_dir=alone", "train.epochs=100")
     out = folder / "out"
     nodes = ("--nodes", "2", "--tasks-per-node", "1", "dp_size=2")
-    submitted = collie(folder, slurm.environ, "slurm", "run.yaml", *nodes, "train.epochs=10")
+    submitted = collie(folder, slurm.environ, "slurm", "run.yaml", *nodes, "train.epochs=100")
     number = submitted.stdout.strip()
     until(lambda: len(losses(out)) >= 5, lambda: f"{slurm.job(number)} {output(out)}")
     ask = ("-p", "urgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2")
