@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["accumulate", "keep", "measure", "update"]
 Update = Callable[[str, nn.Parameter, Tensor, Tensor], None]
+Unit = tuple[bool, str]  # whether it is summed over ranks, and which parameters it has
 
 
 class GradientFlow:
@@ -28,7 +29,7 @@ class GradientFlow:
     Unarmed ("accumulate") a gradient adds up, in fp32 whatever the parameter's dtype.  Armed, it is summed
     over the ranks that its shard names, its squared norm is taken, and then "keep" keeps it, "measure" drops
     it, and "update" hands it to the optimizer's `update` and drops it, so that only the few gradients between
-    two hooks are ever alive.
+    two hooks are ever alive, or those of one block where they come `together`.
 
     Where gradients are summed over ranks they wait until their unit (a block, say) is complete, and units go
     from the last to the first: ranks whose hooks fire in another order would add up different parameters.
@@ -44,14 +45,16 @@ class GradientFlow:
         shards: Mapping[str, Shard] | None = None,
         world: Axis | None = None,
         hooked: bool = True,
+        together: bool = False,
         device: torch.device | None = None,
         visible: bool = False,
     ) -> None:
         """parameters: those of the module, by name.  shards: this rank's part of each, under the same names.
         world: all ranks, over which the norm is completed.  hooked: false where gradients are still on their
-        way to host memory when a hook would fire; they are then taken by `flush`.  device: where gradients
-        are when they are used, for a rank that trains nothing.  visible: what accumulates is in `.grad`,
-        where all find it and `zero_grad` drops it."""
+        way to host memory when a hook would fire; they are then taken by `flush`.  together: those of a block
+        become complete at the same time, so that no memory is saved by using one before the others are there.
+        device: where gradients are when they are used, for a rank that trains nothing.  visible: what
+        accumulates is in `.grad`, where all find it and `zero_grad` drops it."""
         self.shards = shards or {name: Shard.whole(name, p) for name, p in parameters.items()}
         self.parameters = dict(parameters)
         self.mode: Mode = "accumulate"
@@ -61,13 +64,16 @@ class GradientFlow:
         self._squares: list[Tensor] = []
         self._sums: dict[str, Tensor] = {}
         self._taken: set[str] = set()
-        self._waiting: dict[str, dict[str, Tensor]] = {}
+        self._waiting: dict[Unit, dict[str, Tensor]] = {}
         self._under_way: list[_Sum] = []
-        self._units: dict[str, list[str]] = {}  # in the order in which they are summed
-        for name, shard in reversed(list(self.shards.items())):
-            if shard.sums:
-                self._units.setdefault(part_of(name), []).insert(0, name)
-        self._left: list[str] = []
+        self._unit_of: dict[str, Unit] = {
+            name: (bool(shard.sums), part_of(name) if shard.sums or together else name)
+            for name, shard in self.shards.items()
+        }
+        self._units: dict[Unit, list[str]] = {}  # in the order in which they are summed
+        for name, unit in reversed(self._unit_of.items()):
+            self._units.setdefault(unit, []).insert(0, name)
+        self._left: list[Unit] = []  # of those that are summed
         for shard in self.shards.values():
             shard.local.grad_dtype = None  # what is computed or summed in fp32 stays so
         self._handles = [
@@ -80,7 +86,8 @@ class GradientFlow:
         """Say what is done with each gradient from now on; `finite` is the loss's flag (0-d bool)."""
         self.mode, self.finite, self.update = mode, finite, update
         self._squares, self._taken = [], set()
-        self._waiting, self._left = {unit: {} for unit in self._units}, list(self._units)
+        self._waiting = {unit: {} for unit in self._units}
+        self._left = [unit for unit in self._units if unit[0]]
 
     def collect(self) -> None:
         """After a backward pass in which no hook fired: add what it gave to the sums, in fp32."""
@@ -93,8 +100,11 @@ class GradientFlow:
             if name not in self._taken and (parameter.grad is not None or name in self._sums):
                 self._take(name, parameter)
         while self._left:
-            self._complete(self._left.pop(0))
+            self._sum(self._left.pop(0))
         self._finish()
+        for waiting in self._waiting.values():
+            self._use(waiting)
+        self._waiting = {}
 
     @contextmanager
     def earlier_kept(self) -> Iterator[None]:
@@ -112,7 +122,7 @@ class GradientFlow:
 
     def norm(self) -> Tensor:
         """L2 norm (0-d, fp32) of all gradients that became complete since `arm`, over all ranks."""
-        total = torch.stack(self._squares).sum() if self._squares else self._zero()
+        total = torch.cat(self._squares).sum() if self._squares else self._zero()
         return (self._world.sum(total) if self._world is not None else total).sqrt()
 
     def kept(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
@@ -170,14 +180,17 @@ class GradientFlow:
             parameter.grad = None
         else:
             gradient = self._sums.pop(name)
-        if not self.shards[name].sums:
-            self._use(name, gradient)
-            return
-        self._waiting[part_of(name)][name] = gradient
-        while self._left and len(self._waiting[self._left[0]]) == len(self._units[self._left[0]]):
-            self._complete(self._left.pop(0))
+        unit = self._unit_of[name]
+        self._waiting[unit][name] = gradient
+        if not unit[0] and self._complete(unit):
+            self._use(self._waiting.pop(unit))
+        while self._left and self._complete(self._left[0]):
+            self._sum(self._left.pop(0))
 
-    def _complete(self, unit: str) -> None:
+    def _complete(self, unit: Unit) -> bool:
+        return len(self._waiting[unit]) == len(self._units[unit])
+
+    def _sum(self, unit: Unit) -> None:
         """Begin to sum the gradients of a unit over the ranks.  Those of the unit before are used now: a
         unit's sums are under way while the next one's gradients are computed.  Where all are kept anyway,
         none is waited for before `flush`."""
@@ -194,27 +207,51 @@ class GradientFlow:
         """Use the gradients whose sums are under way."""
         begun, self._under_way = self._under_way, []
         for one in begun:
-            for name, gradient in one.wait():
-                self._use(name, gradient)
+            self._use(dict(one.wait()))
 
-    def _use(self, name: str, gradient: Tensor) -> None:
-        """A complete gradient of this rank's box."""
-        shard = self.shards[name]
-        updates = self.mode == "update"
-        # the whole parameter is updated or not: one bad element leaves all of it as it was
-        if norm_triton.serves(gradient):
-            square, finite = norm_triton.squares(gradient, self.finite if updates else None)
+    def _use(self, gradients: Mapping[str, Tensor]) -> None:
+        """Complete gradients of this rank's boxes."""
+        if not gradients:
+            return
+        shards, tensors = [self.shards[name] for name in gradients], list(gradients.values())
+        finite = self.finite if self.mode == "update" else None
+        if norm_triton.serves(tensors):
+            squares, flags = norm_triton.squares(tensors, finite)
         else:
-            square, finite = sum_of_squares(gradient), None
-        self._squares.append(square / shard.copies if shard.copies > 1 else square)
-        if updates:
-            assert self.update is not None and self.finite is not None
-            if shard.cuts or finite is None:
-                whole = shard.sum(square.clone(), range(len(shard.shape))) if shard.cuts else square
-                finite = self.finite & torch.isfinite(whole)
-            self.update(name, shard.local, gradient, finite)
+            squares, flags = torch.stack([sum_of_squares(tensor) for tensor in tensors]), None
+        self._squares.append(_of_one_copy(squares, shards))
+        if finite is not None:
+            assert self.update is not None
+            # the whole parameter is updated or not: one bad element leaves all of it as it was
+            if flags is None or any(shard.cuts for shard in shards):
+                flags = finite & torch.isfinite(_of_whole(squares, shards))
+            for (name, gradient), flag in zip(gradients.items(), flags.unbind(), strict=True):
+                self.update(name, self.shards[name].local, gradient, flag)
         elif self.mode == "keep":
-            shard.local.grad = gradient
+            for name, gradient in gradients.items():
+                self.shards[name].local.grad = gradient
+
+
+def _of_one_copy(squares: Tensor, shards: Sequence[Shard]) -> Tensor:
+    """What each box adds to the norm, which all ranks that hold it add up."""
+    copies = [shard.copies for shard in shards]
+    if len(set(copies)) == 1:
+        return squares / copies[0] if copies[0] > 1 else squares
+    return torch.stack([square / n for square, n in zip(squares.unbind(), copies, strict=True)])
+
+
+def _of_whole(squares: Tensor, shards: Sequence[Shard]) -> Tensor:
+    """The boxes' sums of squares, (n,), completed to those of the whole parameters; collective."""
+    parts = list(squares.unbind())
+    alike: dict[tuple[dist.ProcessGroup, ...], list[int]] = {}
+    for index, shard in enumerate(shards):
+        alike.setdefault(tuple(group for _, group in shard.cuts), []).append(index)
+    for places in alike.values():
+        one = shards[places[0]]
+        whole = one.sum(torch.stack([parts[place] for place in places]), range(len(one.shape)))
+        for place, square in zip(places, whole.unbind(), strict=True):
+            parts[place] = square
+    return torch.stack(parts)
 
 
 class _Sum:

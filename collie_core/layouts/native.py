@@ -97,6 +97,7 @@ class NativeLayout:
             {name: run.shards[name] for name in trainable},
             self.grid.world,
             hooked=self.options.offload == "none",
+            together=self.placed.zero or any(stage.compiled for stage in self.stages),
             device=run.device if self.options.offload == "none" else torch.device("cpu"),
         )
         self.optimizer = make_optimizer(self.model)

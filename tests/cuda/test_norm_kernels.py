@@ -10,18 +10,22 @@ from collie_core.ops import norm_triton
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.mark.parametrize("elements", [1, 8192, 8193, 3_000_001])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_sum_of_squares(elements: int, dtype: torch.dtype) -> None:
-    values = torch.randn(elements, device="cuda").to(dtype)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("count", [1, 4, 40])
+def test_sums_of_squares_of_tensors_of_any_size_and_dtype(count: int) -> None:
+    sizes = [(1, 8192, 8193, 3_000_001)[i % 4] for i in range(count)]
+    tensors = [torch.randn(n, device="cuda").to(DTYPES[i % 3]) for i, n in enumerate(sizes)]
     yes, no = (torch.tensor(flag, device="cuda") for flag in (True, False))
-    square, flag = norm_triton.squares(values, yes)
-    assert square.item() == pytest.approx(values.double().square().sum().item(), rel=1e-6)
-    assert flag is not None and flag.item() is True
-    assert norm_triton.squares(values)[1] is None
-    refused = norm_triton.squares(values, no)[1]
-    assert refused is not None and refused.item() is False
+    squares, flags = norm_triton.squares(tensors, yes)
+    expected = [tensor.double().square().sum().item() for tensor in tensors]
+    assert squares.tolist() == pytest.approx(expected, rel=1e-6)
+    assert flags is not None and flags.tolist() == [True] * count
+    assert norm_triton.squares(tensors)[1] is None
+    refused = norm_triton.squares(tensors, no)[1]
+    assert refused is not None and refused.tolist() == [False] * count
     for bad in (torch.inf, -torch.inf, torch.nan):
-        values[-1] = bad
-        found = norm_triton.squares(values, yes)[1]
-        assert found is not None and found.item() is False
+        tensors[-1][-1] = bad
+        found = norm_triton.squares(tensors, yes)[1]
+        assert found is not None and found.tolist() == [True] * (count - 1) + [False]
