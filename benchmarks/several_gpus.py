@@ -4,7 +4,8 @@ Every layout is a job of its own, a process a GPU (nccl).  In it our run, `Train
 reader, metrics and checks, and a bare FSDP2 loop over as many processes take turns in windows of a few steps;
 both compile each block and see the same rows.  Printed are tokens a second and GPU, MFU (6 N + 6 layers
 hidden length flop a token, N without the input embedding), the peak of allocated memory of a GPU, and our
-time over that of FSDP2, window by window.
+time over that of FSDP2, window by window.  A pipeline cuts each pass into twice as many micro-batches as it
+has stages.
 
     python benchmarks/several_gpus.py --shape 7b --layouts "zero 2" "zero 3" tp2 pp2
     python benchmarks/several_gpus.py --shape 65b --layouts "zero 3" --optimizers lomo adamw8bit --alone \
@@ -135,10 +136,15 @@ def fsdp2_step(job: Mapping[str, Any], device: torch.device) -> Step:
         torch.nn.init.normal_(parameter.to_local(), std=0.02)
     kind = torch.optim.SGD if job["optimizer"] == "lomo" else partial(torch.optim.AdamW, fused=True)
     optimizer: Any = kind(model.parameters(), lr=1e-5)
-    batch = rows(job).to(device).chunk(dist.get_world_size())[dist.get_rank()]
+    own = rows(job).to(device).chunk(dist.get_world_size())[dist.get_rank()]
+    passes = own.chunk(job["accumulation"])
 
     def step() -> None:
-        model(batch, labels=batch).loss.backward()
+        for number, batch in enumerate(passes, 1):
+            if stage in (1, 2):  # whole gradients add up; under zero 3 each is summed and cut at once
+                model.set_requires_gradient_sync(number == len(passes))
+                model.set_reshard_after_backward(number == len(passes))
+            model(batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -218,7 +224,8 @@ def allocated(device: torch.device) -> int:
 def work(job: Mapping[str, Any]) -> None:
     """What a process of a job does; its findings go into a file for each rank."""
     dp = job["changes"].get("dp_size", 1)
-    pieces = 2 * job["changes"].get("pp_size", 1) if job["changes"].get("pp_size", 1) > 1 else 1
+    pp = job["changes"].get("pp_size", 1)
+    pieces = job["accumulation"] * (2 * pp if pp > 1 else 1)
     config = CollieConfig(
         model={"path": job["model"], "dtype": "bfloat16"},
         optimizer=OPTIMIZERS[job["optimizer"]],
@@ -263,11 +270,14 @@ def measure(
             "model": str(model),
             "folder": folder,
             "words": shape["vocab_size"],
-            "batch": args.batch * processes,
+            "batch": args.batch * args.accumulation * processes,
             "optimizer": optimizer,
             **{
                 key: getattr(args, key)
-                for key in ("length", "warmup", "window", "windows", "alone", "recompute")
+                for key in (
+                    *("length", "warmup", "window", "windows", "alone", "recompute"),
+                    "accumulation",
+                )
             },
         }
         status = run_job(__file__, job, Path(folder) / "job.json", processes)
@@ -280,7 +290,7 @@ def measure(
     for who, windows in seconds.items():
         if windows:
             step = statistics.median(windows)
-            tokens = args.batch * args.length / step  # of one GPU
+            tokens = args.batch * args.accumulation * args.length / step  # of one GPU
             row[who] = {
                 "step_s": step,
                 "tok_s_gpu": tokens,
@@ -327,7 +337,8 @@ def main() -> int:
     parser.add_argument("--layouts", nargs="+", default=["zero 2", "zero 3", "tp2", "pp2"], metavar="LAYOUT")
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count())
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw"])
-    parser.add_argument("--batch", type=int, default=2, help="rows a GPU and step")
+    parser.add_argument("--batch", type=int, default=2, help="rows a GPU and pass")
+    parser.add_argument("--accumulation", type=int, default=1, help="passes of a step")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--recompute", choices=["none", "full"], default="none")
     parser.add_argument("--warmup", type=int, default=3)

@@ -16,6 +16,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -156,28 +157,38 @@ class Counters:
 
 def counters(target: Tensor, source: Noise) -> Counters:
     """Raises ValueError where the shard is no part of the whole tensor."""
-    shape = list(target.shape)
-    whole = list(source.global_shape) if source.global_shape is not None else shape
-    offset = list(source.offset) if source.offset is not None else [0] * len(shape)
+    shape = tuple(target.shape)
+    whole = shape if source.global_shape is None else tuple(source.global_shape)
+    offset = (0,) * len(shape) if source.offset is None else tuple(source.offset)
+    first, length, outer = _runs(shape, whole, offset)
+    origin, key = noise_key(source.seed, source.step, source.name)
+    starts = None
+    if outer:
+        starts = torch.zeros(1, dtype=torch.int64, device=target.device)
+        for size, stride in outer:
+            places = torch.arange(size, device=target.device) * stride
+            starts = (starts[:, None] + places).flatten()
+    return Counters(signed(origin + first), key, length, starts)
+
+
+@lru_cache(maxsize=4096)  # asked for every parameter in every step
+def _runs(
+    shape: tuple[int, ...], whole: tuple[int, ...], offset: tuple[int, ...]
+) -> tuple[int, int, tuple[tuple[int, int], ...]]:
+    """(place of the shard's first element in the whole, length of its runs, (size, stride) of each dimension
+    along which there are several)."""
     if not len(shape) == len(whole) == len(offset) or any(
         o < 0 or o + s > w for s, o, w in zip(shape, offset, whole, strict=True)
     ):
-        raise ValueError(f"a shard {shape} at {offset} is no part of a tensor {whole}")
+        raise ValueError(f"a shard {list(shape)} at {list(offset)} is no part of a tensor {list(whole)}")
     inner = len(shape)  # the dimensions from here on make a run
     while inner > 0:
         inner -= 1
         if shape[inner] != whole[inner]:
             break
     strides = [prod(whole[dim + 1 :]) for dim in range(len(whole))]
-    origin, key = noise_key(source.seed, source.step, source.name)
-    origin += sum(begin * stride for begin, stride in zip(offset, strides, strict=True))
-    starts = None
-    if inner > 0:
-        starts = torch.zeros(1, dtype=torch.int64, device=target.device)
-        for size, stride in zip(shape[:inner], strides, strict=False):
-            places = torch.arange(size, device=target.device) * stride
-            starts = (starts[:, None] + places).flatten()
-    return Counters(signed(origin), key, prod(shape[inner:]), starts)
+    first = sum(begin * stride for begin, stride in zip(offset, strides, strict=True))
+    return first, prod(shape[inner:]), tuple(zip(shape[:inner], strides, strict=False))
 
 
 def signed(number: int) -> int:

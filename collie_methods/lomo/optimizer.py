@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 class LomoOptimizer(FusedOptimizer):
     """LOMO (Lv et al. 2023, arXiv 2306.09782); it has no state."""
 
-    @torch.no_grad()
     def update(self, name: str, parameter: nn.Parameter, gradient: Tensor, finite: Tensor) -> None:
         """One parameter's step; see `collie_core.hookspecs.Optimizer`."""
         group = self.group_of[name]
