@@ -8,6 +8,7 @@ a job that is suspended as a whole goes on when it is continued.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -32,6 +33,8 @@ BEAT_S = 1.0
 SILENT_BEATS = 18
 #: How long a process may take to end well once another has failed.
 UNWIND_S = 6.0
+#: How long the interpreter's end may then take.
+EXIT_S = 10
 #: How long an error that is only a consequence waits for its cause to be told.
 CAUSE_S = 3.0
 JOIN_S = 600.0
@@ -104,7 +107,8 @@ class Peers:
         return self._failure
 
     def leave(self, error: BaseException | None) -> None:
-        """Go, when all have come here; with an error, without the others.
+        """Go, when all have come here; with an error, without the others, and then without the interpreter's
+        end where native code waits in it for a broken collective.
 
         Who failed first stays a little, since a launcher may kill the others when it ends.
         """
@@ -112,6 +116,8 @@ class Peers:
             return
         if error is not None and self._failure is None:
             self.fail(error)
+        if error is not None:
+            atexit.register(_gone_soon)
         deadline = time.monotonic() + UNWIND_S
         with suppress(Exception):
             self._mine.add(f"left/{self.world.rank}", 1)
@@ -247,6 +253,13 @@ class Peers:
         return TCPStore(
             host, port, is_master=False, timeout=timedelta(seconds=JOIN_S), wait_for_workers=False
         )
+
+
+def _gone_soon() -> None:
+    """Let the system end this process, as no thread of Python's may run any more."""
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(EXIT_S)
 
 
 def _say(line: str) -> None:

@@ -40,7 +40,6 @@ def shard(stage: Stage, grid: Grid, options: NativeOptions) -> None:
     offload = CPUOffloadPolicy(pin_memory=pinned) if options.offload == "cpu" else OffloadPolicy()
 
     def unit(module: nn.Module, reshard: bool) -> None:
-        _pass_as_floats(module)
         fully_shard(
             module,
             mesh=grid.data_mesh(),
@@ -49,6 +48,7 @@ def shard(stage: Stage, grid: Grid, options: NativeOptions) -> None:
             offload_policy=offload,
         )
 
+    _pass_as_floats(stage)
     gathered_anew = options.zero_stage == 3
     for block in stage.blocks.values():
         unit(block, gathered_anew)

@@ -10,11 +10,33 @@ from typing import Any
 import pytest
 import torch
 from layout_jobs import Training, base_config, run_job
-from torch import Tensor
+from torch import Tensor, nn
 from training_helpers import largest_difference, losses, weights
 
 from collie_core import CollieConfig, Trainer
+from collie_core.layouts.gradients import GradientFlow
 from collie_core.train.setup import open_training
+
+
+def test_gradients_used_together_are_judged_one_by_one() -> None:
+    """One that is not finite leaves only its own parameter as it was; one that is missing holds none back."""
+    names = ("embed.a", "blocks.0.a", "blocks.0.b", "blocks.0.unused", "blocks.1.a", "head.a")
+    parameters = {name: nn.Parameter(torch.zeros(2, 3)) for name in names}
+    updated: dict[str, tuple[bool, float]] = {}
+
+    def update(name: str, parameter: nn.Parameter, gradient: Tensor, finite: Tensor) -> None:
+        assert parameter is parameters[name]
+        updated[name] = bool(finite), float(gradient[0, 0])
+
+    flow = GradientFlow(parameters, together=True)
+    flow.arm("update", torch.tensor(True), update)
+    factors = {name: float(number) for number, name in enumerate(names, 1) if name != "blocks.0.unused"}
+    loss = torch.stack([factor * parameters[name].sum() for name, factor in factors.items()]).sum()
+    (loss + torch.inf * parameters["blocks.0.b"][1, 2]).backward()
+    flow.flush()
+    assert updated == {name: (name != "blocks.0.b", factor) for name, factor in factors.items()}
+    assert float(flow.norm()) == torch.inf
+    assert all(parameter.grad is None for parameter in parameters.values())
 
 
 def test_a_parameter_without_gradient_on_some_rank(tmp_path: Path) -> None:
