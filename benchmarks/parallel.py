@@ -4,9 +4,9 @@ Every layout is a job of its own with real processes (gloo, CPU).  In it our run
 bare loop over the same module under the bare engine, and a bare loop in one of the processes, with as many
 threads, take turns in windows of a few steps; ratios are of neighbouring windows.  The bare engine is DDP for
 zero_stage 0, DeepSpeed where that is the layout, torch's own tensor parallelism (with FSDP2 over dp) for tp,
-and FSDP2 with as many processes for all others.  Then ours and the bare engine run alone, for the peak of
-resident memory and the bytes of live weights, gradients and optimizer states at the update, beside what the
-layout is expected to hold.
+and FSDP2 with as many processes for all others.  Then ours and the bare engine run alone, in turns, for the
+peak of resident memory and the bytes of live weights, gradients and optimizer states at the update, beside
+what the layout is expected to hold.
 
     python benchmarks/parallel.py --layouts "dp2 zero 3" tp2
 """
@@ -14,7 +14,9 @@ layout is expected to hold.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -54,7 +56,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 # ---------------------------------------------------------------- in a process of a job
 class Turns:
-    """After each window of our run's steps the others do as many; every window is timed."""
+    """After each window of our run's steps the others do as many; every window is timed, but for its first
+    step, which finds the caches full of another's model."""
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         self.job = job
@@ -65,6 +68,7 @@ class Turns:
     @hookimpl
     def collie_step_end(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
         window, first = self.job["window"], self.job["warmup"]
+        place = (step - first) % (window + 1)
         if step == first:
             self.steps["engine"] = bare_step(self.job, alone=False)
             if run.first:
@@ -72,10 +76,10 @@ class Turns:
             self._others(first, run.first)
             self.seconds["engine"].clear()
             self.seconds["one process"].clear()
-        elif step > first and (step - first) % window == 0:
+        elif step > first and place == 0:
             self.seconds["ours"].append((time.perf_counter() - self.begin) / window)
             self._others(window, run.first)
-        else:
+        elif step < first or place != 1:
             return
         dist.barrier()
         self.begin = time.perf_counter()
@@ -86,6 +90,7 @@ class Turns:
             self._window("one process", count)
 
     def _window(self, name: str, count: int) -> None:
+        self.steps[name]()
         if name == "engine":
             dist.barrier()
         begin = time.perf_counter()
@@ -158,7 +163,9 @@ class Peak:
 
 
 def _reset_peak() -> None:
+    """Count from here, without what loading has freed and malloc keeps for later."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -168,7 +175,7 @@ def work(job: Mapping[str, Any]) -> None:
     found: dict[str, Any]
     if job["kind"] == "time":
         turns = Turns(job)
-        train(job, job["warmup"] + job["window"] * job["windows"], [turns])
+        train(job, job["warmup"] + (job["window"] + 1) * job["windows"], [turns])
         found = turns.seconds
     else:
         held, before = Held(), _resident("VmRSS")
@@ -239,7 +246,11 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             **{key: getattr(args, key) for key in ("batch", "length", "warmup", "window", "windows")},
         }
         seconds = start(job, "time")[0]
-        ours, engine = start(job, "ours"), start(job, "engine")
+        kinds = ("ours", "engine")
+        runs: dict[str, list[list[dict[str, Any]]]] = {kind: [] for kind in kinds}
+        for repeat, kind in itertools.product(range(args.repeats), kinds):
+            runs[kind].append(start({**job, "folder": f"{job['folder']}-{repeat}"}, kind))
+        ours = runs["ours"][0]
         stages = expected(LAYOUTS[name], model)
         per_stage = len(ours) // len(stages)
         found.append(
@@ -253,7 +264,10 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                 },
                 "expected": [stages[rank // per_stage] for rank in range(len(ours))],
                 "ours": ours,
-                "engine": engine,
+                "peak": {
+                    kind: statistics.median(max(rank["peak"] for rank in run) for run in runs[kind])
+                    for kind in kinds
+                },
             }
         )
         print(f"{name}: done", file=sys.stderr, flush=True)
@@ -285,7 +299,7 @@ def tables(found: list[dict[str, Any]]) -> str:
             f"{factor * want / 1e6:.1f} / {mine[kind] / 1e6:.1f}" if native else ""
             for kind, factor in (("weights", 1), ("gradients", 1), ("states", 2))
         )
-        peaks = " | ".join(f"{max(r['peak'] for r in row[who]) / 1e6:.0f}" for who in ("ours", "engine"))
+        peaks = " | ".join(f"{row['peak'][kind] / 1e6:.0f}" for kind in ("ours", "engine"))
         lines.append(f"| {row['layout']} | {figures} | {peaks} |")
     return "\n".join(lines)
 
@@ -313,6 +327,7 @@ def main() -> int:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--window", type=int, default=2)
     parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each alone, for the peaks' median")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
