@@ -274,10 +274,7 @@ def measure(
             "optimizer": optimizer,
             **{
                 key: getattr(args, key)
-                for key in (
-                    *("length", "warmup", "window", "windows", "alone", "recompute"),
-                    "accumulation",
-                )
+                for key in ("length", "warmup", "window", "windows", "alone", "recompute", "accumulation")
             },
         }
         status = run_job(__file__, job, Path(folder) / "job.json", processes)

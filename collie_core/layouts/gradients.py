@@ -223,8 +223,9 @@ class GradientFlow:
         if finite is not None:
             assert self.update is not None
             # the whole parameter is updated or not: one bad element leaves all of it as it was
-            if flags is None or any(shard.cuts for shard in shards):
-                flags = finite & torch.isfinite(_of_whole(squares, shards))
+            cut = any(shard.cuts for shard in shards)
+            if flags is None or cut:
+                flags = finite & torch.isfinite(_of_whole(squares, shards) if cut else squares)
             for (name, gradient), flag in zip(gradients.items(), flags.unbind(), strict=True):
                 self.update(name, self.shards[name].local, gradient, flag)
         elif self.mode == "keep":
