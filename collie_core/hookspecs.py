@@ -134,7 +134,11 @@ class Optimizer(Protocol):
         and ranks.  Both are this rank's part where a layout cuts parameters; `ParameterGroup.shard(name)`
         says which part, for statistics and noise over the whole.  `finite` is a 0-d bool tensor on the
         gradient's device: where it is false neither the parameter nor any state may change; select with
-        `torch.where`, never ask the host."""
+        `torch.where`, never ask the host.
+
+        An optional method `update_together(gradients, finite)` is called instead inside the backward pass,
+        with the (name, parameter, gradient) of all that are complete at that moment, of a compiled block say,
+        and a flag for each, (n,) bool: for an optimizer that has one kernel for all."""
 
     def step(self, lr: float) -> None:
         """(not in_backward) Update every parameter from its `.grad`, already unscaled and clipped; not called

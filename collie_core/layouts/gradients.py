@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,14 @@ if TYPE_CHECKING:
     from collie_core.layouts.grid import Axis
 
 Mode = Literal["accumulate", "keep", "measure", "update"]
-Update = Callable[[str, nn.Parameter, Tensor, Tensor], None]
 Unit = tuple[bool, str]  # whether it is summed over ranks, and which parameters it has
+
+
+class Updates(Protocol):
+    """What an optimizer has that updates inside the backward pass; see `collie_core.hookspecs.Optimizer`."""
+
+    def update(self, name: str, parameter: nn.Parameter, gradient: Tensor, finite: Tensor) -> None:
+        """`update_together` is called instead where it is there."""
 
 
 class GradientFlow:
@@ -28,7 +34,7 @@ class GradientFlow:
 
     Unarmed ("accumulate") a gradient adds up, in fp32 whatever the parameter's dtype.  Armed, it is summed
     over the ranks that its shard names, its squared norm is taken, and then "keep" keeps it, "measure" drops
-    it, and "update" hands it to the optimizer's `update` and drops it, so that only the few gradients between
+    it, and "update" hands it to the optimizer and drops it, so that only the few gradients between
     two hooks are ever alive, or those of one block where they come `together`.
 
     Where gradients are summed over ranks they wait until their unit (a block, say) is complete, and units go
@@ -59,7 +65,7 @@ class GradientFlow:
         self.parameters = dict(parameters)
         self.mode: Mode = "accumulate"
         self.finite: Tensor | None = None
-        self.update: Update | None = None
+        self.optimizer: Updates | None = None
         self._world, self._device, self._visible = world, device, visible
         self._squares: list[Tensor] = []
         self._sums: dict[str, Tensor] = {}
@@ -82,9 +88,9 @@ class GradientFlow:
             if hooked
         ]
 
-    def arm(self, mode: Mode, finite: Tensor | None = None, update: Update | None = None) -> None:
+    def arm(self, mode: Mode, finite: Tensor | None = None, optimizer: Updates | None = None) -> None:
         """Say what is done with each gradient from now on; `finite` is the loss's flag (0-d bool)."""
-        self.mode, self.finite, self.update = mode, finite, update
+        self.mode, self.finite, self.optimizer = mode, finite, optimizer
         self._squares, self._taken = [], set()
         self._waiting = {unit: {} for unit in self._units}
         self._left = [unit for unit in self._units if unit[0]]
@@ -221,16 +227,24 @@ class GradientFlow:
             squares, flags = torch.stack([sum_of_squares(tensor) for tensor in tensors]), None
         self._squares.append(_of_one_copy(squares, shards))
         if finite is not None:
-            assert self.update is not None
             # the whole parameter is updated or not: one bad element leaves all of it as it was
             cut = any(shard.cuts for shard in shards)
             if flags is None or cut:
                 flags = finite & torch.isfinite(_of_whole(squares, shards) if cut else squares)
-            for (name, gradient), flag in zip(gradients.items(), flags.unbind(), strict=True):
-                self.update(name, self.shards[name].local, gradient, flag)
+            self._update(gradients, flags)
         elif self.mode == "keep":
             for name, gradient in gradients.items():
                 self.shards[name].local.grad = gradient
+
+    def _update(self, gradients: Mapping[str, Tensor], flags: Tensor) -> None:
+        assert self.optimizer is not None
+        complete = [(name, self.shards[name].local, gradient) for name, gradient in gradients.items()]
+        together = getattr(self.optimizer, "update_together", None)
+        if together is not None:
+            together(complete, flags)
+            return
+        for (name, parameter, gradient), flag in zip(complete, flags.unbind(), strict=True):
+            self.optimizer.update(name, parameter, gradient, flag)
 
 
 def _of_one_copy(squares: Tensor, shards: Sequence[Shard]) -> Tensor:

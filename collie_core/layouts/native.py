@@ -228,7 +228,7 @@ class NativeLayout:
                     else:
                         finite = torch.isfinite(total) & (torch.isfinite(norm) if norm is not None else True)
                         optimizer.begin_pass(name, lr, scale, self._clip_factor(norm))
-                        self.gradients.arm("update", finite, optimizer.update)
+                        self.gradients.arm("update", finite, optimizer)
                 (loss * factor).backward()
                 if not last and self.options.offload == "cpu":
                     self.gradients.collect()

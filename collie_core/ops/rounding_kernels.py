@@ -26,9 +26,9 @@ def _stochastic_bfloat16(value, counter, key):
 
 
 @triton.jit
-def _piece(numel, BLOCK: tl.constexpr):
+def _piece(block, numel, BLOCK: tl.constexpr):
     """(first element, offsets from it, which are inside): 64 bits for the one number that needs them."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
+    first = block.to(tl.int64) * BLOCK
     offset = tl.arange(0, BLOCK)
     return first, offset, offset < tl.minimum(numel - first, BLOCK).to(tl.int32)
 
@@ -57,9 +57,20 @@ def _true_gradient(place, inside, loss_scale, clip_value, grad_scale, grad_scale
     return g * _number(grad_scale, grad_scale_pointer)
 
 
+@triton.jit
+def _descend(place, inside, change, rate, decay, counter, key):
+    """The elements at `place`, rounded as their dtype wants it."""
+    dtype: tl.constexpr = place.dtype.element_ty
+    new = tl.load(place, inside).to(tl.float32) * (1.0 - decay) - rate * change
+    if dtype == tl.bfloat16:
+        tl.store(place, _stochastic_bfloat16(new, counter, key), inside)
+    else:
+        tl.store(place, new.to(dtype), inside)
+
+
 @triton.jit(do_not_specialize=_SCALARS)
 def round_to(target, value, starts, numel, length, origin, key, BLOCK: tl.constexpr):
-    first, offset, inside = _piece(numel, BLOCK)
+    first, offset, inside = _piece(tl.program_id(0), numel, BLOCK)
     new = tl.load(value + first + offset, inside).to(tl.float32)
     new = _stochastic_bfloat16(new, _counter(first, offset, starts, length, origin, inside), key)
     tl.store(target + first + offset, new, inside)
@@ -83,17 +94,43 @@ def descend(
     length,
     origin,
     key,
-    STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     if tl.load(finite):
-        first, offset, inside = _piece(numel, BLOCK)
-        old = tl.load(target + first + offset, inside).to(tl.float32)
+        first, offset, inside = _piece(tl.program_id(0), numel, BLOCK)
         place = direction + first + offset
         change = _true_gradient(place, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer)
-        new = old * (1.0 - _number(decay, decay_pointer)) - _number(rate, rate_pointer) * change
-        if STOCHASTIC:
-            counter = _counter(first, offset, starts, length, origin, inside)
-            tl.store(target + first + offset, _stochastic_bfloat16(new, counter, key), inside)
-        else:
-            tl.store(target + first + offset, new.to(target.dtype.element_ty), inside)
+        counter = _counter(first, offset, starts, length, origin, inside)
+        rate, decay = _number(rate, rate_pointer), _number(decay, decay_pointer)
+        _descend(target + first + offset, inside, change, rate, decay, counter, key)
+
+
+@triton.jit
+def descend_together(
+    targets,
+    directions,
+    finite,
+    rates,
+    decays,
+    grad_scale,
+    grad_scale_pointer,
+    loss_scale,
+    clip_value,
+    numels,
+    firsts,
+    origins,
+    keys,
+    BLOCK: tl.constexpr,
+):
+    """`descend` of whole tensors; the blocks of tensor i begin at firsts[i].  origins, keys: as `_odd` gives
+    them."""
+    block = tl.program_id(0)
+    for i in tl.static_range(len(numels)):
+        if (block >= firsts[i]) & (block < firsts[i + 1]):
+            first, offset, inside = _piece(block - firsts[i], numels[i], BLOCK)
+            inside &= tl.load(finite + i)
+            place = directions[i] + first + offset
+            change = _true_gradient(place, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer)
+            counter = _counter(first, offset, None, 0, origins[i] >> 1, inside)
+            target = targets[i] + first + offset
+            _descend(target, inside, change, rates[i], decays[i], counter, keys[i] >> 1)

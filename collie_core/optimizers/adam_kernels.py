@@ -59,7 +59,7 @@ def adamw(
     BLOCK: tl.constexpr,
 ):
     if tl.load(finite):
-        first, offset, inside = _piece(numel, BLOCK)
+        first, offset, inside = _piece(tl.program_id(0), numel, BLOCK)
         place = gradient + first + offset
         g = _true_gradient(place, inside, loss_scale, clip_value, grad_scale, grad_scale_pointer)
         old = tl.load(target + first + offset, inside, 0.0).to(tl.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,40 @@ def descend(
     else:
         scalars = (finite, rate, decay, loss_scale, grad_scale, clip_value)
         update_elements(target, _descended, [direction], scalars, source)
+
+
+def descend_together(
+    targets: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    sources: Sequence[Noise],
+    *,
+    finite: Tensor,
+    rates: Sequence[float],
+    decays: Sequence[float],
+    loss_scale: float = 1.0,
+    clip_value: float | None = None,
+    grad_scale: float | Tensor = 1.0,
+) -> None:
+    """`descend` for each target, in one launch on CUDA.  finite: (n,) bool."""
+    if len(targets) > 1 and rounding_triton.serves(*targets, *directions, finite):
+        places = [counters(target, source) for target, source in zip(targets, sources, strict=True)]
+        if all(place.starts is None for place in places):
+            scaling = loss_scale, clip_value, grad_scale
+            rounding_triton.descend_together(targets, directions, finite, rates, decays, *scaling, places)
+            return
+    each = zip(targets, directions, sources, finite.unbind(), rates, decays, strict=True)
+    for target, direction, source, flag, rate, decay in each:
+        descend(
+            target,
+            direction,
+            source,
+            finite=flag,
+            rate=rate,
+            decay=decay,
+            loss_scale=loss_scale,
+            clip_value=clip_value,
+            grad_scale=grad_scale,
+        )
 
 
 def _descended(

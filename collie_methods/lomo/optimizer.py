@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from collie_core.optimizers.descent import descend
+from collie_core.optimizers.descent import descend, descend_together
 from collie_core.optimizers.fused import FusedOptimizer
 from collie_core.optimizers.gradients import scaled_gradient, sum_of_squares
 from collie_core.run import ParameterGroup
@@ -23,15 +23,21 @@ class LomoOptimizer(FusedOptimizer):
 
     def update(self, name: str, parameter: nn.Parameter, gradient: Tensor, finite: Tensor) -> None:
         """One parameter's step; see `collie_core.hookspecs.Optimizer`."""
-        group = self.group_of[name]
-        lr = self.lr * group.lr_scale
-        descend(
-            parameter.detach(),
-            gradient,
-            self.noise(group.shard(name)),
+        self.update_together([(name, parameter, gradient)], finite.unsqueeze(0))
+
+    def update_together(
+        self, gradients: Sequence[tuple[str, nn.Parameter, Tensor]], finite: Tensor
+    ) -> None:
+        """The steps of several; see `collie_core.hookspecs.Optimizer`."""
+        groups = [self.group_of[name] for name, _, _ in gradients]
+        rates = [self.lr * group.lr_scale for group in groups]
+        descend_together(
+            [parameter.detach() for _, parameter, _ in gradients],
+            [gradient for _, _, gradient in gradients],
+            [self.noise(group.shard(name)) for group, (name, _, _) in zip(groups, gradients, strict=True)],
             finite=finite,
-            rate=lr,
-            decay=lr * group.weight_decay,
+            rates=rates,
+            decays=[lr * group.weight_decay for lr, group in zip(rates, groups, strict=True)],
             loss_scale=self.loss_scale,
             clip_value=self.clip_grad_value,
             grad_scale=self.grad_scale,

@@ -98,7 +98,7 @@ class _FusedLoop:
     def _run(self, loss: Tensor, mode: Mode, finite: Tensor | None = None, keep_graph: bool = False) -> None:
         if self._closed:
             raise UserError("this optimizer is closed: make a new one over the model")
-        self._flow.arm(mode, finite, self._optimizer.update)
+        self._flow.arm(mode, finite, self._optimizer)
         try:
             loss.backward(retain_graph=keep_graph)
             self._flow.flush()  # what accumulated of a parameter that this loss does not reach

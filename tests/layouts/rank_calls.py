@@ -7,6 +7,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def missing_gradients(config: dict[str, Any]) -> None:
         }
         used: dict[str, list[float]] = {}
         flow = GradientFlow(parameters, shards, Axis(2, rank, everyone))
-        flow.arm(mode, torch.tensor(True), partial(_note, used))
+        flow.arm(mode, torch.tensor(True), SimpleNamespace(update=partial(_note, used)))
         loss = sum(parameters[name].sum() * (rank + 1.0) for name, ranks in uses.items() if rank in ranks)
         assert isinstance(loss, torch.Tensor)
         loss.backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ def test_gradients_used_together_are_judged_one_by_one() -> None:
         updated[name] = bool(finite), float(gradient[0, 0])
 
     flow = GradientFlow(parameters, together=True)
-    flow.arm("update", torch.tensor(True), update)
+    flow.arm("update", torch.tensor(True), SimpleNamespace(update=update))
     factors = {name: float(number) for number, name in enumerate(names, 1) if name != "blocks.0.unused"}
     loss = torch.stack([factor * parameters[name].sum() for name, factor in factors.items()]).sum()
     (loss + torch.inf * parameters["blocks.0.b"][1, 2]).backward()

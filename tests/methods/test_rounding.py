@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from collie_core.ops.rounding import Noise, noise, noise_key, round_to, update_elements
-from collie_core.optimizers.descent import descend
+from collie_core.optimizers.descent import descend, descend_together
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 MASK = 0xFFFFFFFF
 
@@ -181,6 +184,49 @@ def test_the_shards_of_an_update_are_the_whole_update() -> None:
     assert torch.equal(descended((slice(2, 5), slice(None)), (2, 0)), whole[2:5])
     assert torch.equal(descended((slice(None), slice(9, 14)), (0, 9)), whole[:, 9:])
     assert torch.equal(descended((slice(4, 9), slice(0, 3)), (4, 0)), whole[4:, :3])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_descending_together_is_descending_one_by_one(device: str, count: int) -> None:
+    """Of any sizes and dtypes, with a rate and a decay for each; what is not finite stays as it was."""
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+    sizes = [((7,), (2048,), (3, 2049), (2, 0), (64, 96))[i % 5] for i in range(count)]
+    starts = [torch.randn(size, device=device).to(dtypes[i % 3]) for i, size in enumerate(sizes)]
+    directions = [torch.randn_like(start, dtype=dtypes[(i + i // 3) % 3]) for i, start in enumerate(starts)]
+    finite = torch.tensor([i % 4 != 1 for i in range(count)], device=device)
+    rates, decays = [0.01 * (i + 1) for i in range(count)], [0.1 * (i % 2) for i in range(count)]
+    scale = torch.tensor(0.7, device=device)
+    for step in (1, 2):  # whatever the numbers, whose kernel is made once
+        sources = [Noise(1, step, f"w{i}") for i in range(count)]
+        scaling: dict[str, Any] = {"loss_scale": 2.0, "clip_value": 0.5, "grad_scale": scale}
+        together = [start.clone() for start in starts]
+        each: dict[str, Any] = {"rates": rates, "decays": decays}
+        descend_together(together, directions, sources, finite=finite, **each, **scaling)
+        for i, start in enumerate(starts):
+            alone = start.clone()
+            one: dict[str, Any] = {"finite": finite[i], "rate": rates[i], "decay": decays[i]}
+            descend(alone, directions[i], sources[i], **one, **scaling)
+            assert torch.equal(together[i], alone)
+            assert torch.equal(alone, start) == (not finite[i] or not start.numel())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_shards_that_descend_together_round_as_the_whole_does(device: str) -> None:
+    start, direction = (torch.randn(9, 14, device=device).bfloat16() for _ in range(2))
+
+    def descended(rows: slice, columns: slice) -> Tensor:
+        target = start[rows, columns].clone()
+        sources = [Noise(1, 2, "w", (rows.start, columns.start), (9, 14)), Noise(1, 2, "other")]
+        gradients = [direction[rows, columns].contiguous()] * 2
+        finite = torch.ones(2, dtype=torch.bool, device=device)
+        each: dict[str, Any] = {"rates": [0.1, 0.1], "decays": [0.0, 0.0]}
+        descend_together([target, target.clone()], gradients, sources, finite=finite, **each)
+        return target
+
+    whole = descended(slice(0, 9), slice(0, 14))
+    assert torch.equal(descended(slice(2, 5), slice(0, 14)), whole[2:5])
+    assert torch.equal(descended(slice(4, 9), slice(3, 8)), whole[4:, 3:8])
 
 
 def test_small_updates_are_not_lost() -> None:
