@@ -42,8 +42,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     **{f"dp2 zero {stage}": {"dp_size": 2, "layout": {"zero_stage": stage}} for stage in range(4)},
     "tp2": {"tp_size": 2, "layout": {"sequence_parallel": False}},
     "tp2 sequence": {"tp_size": 2},
-    "pp2 1f1b": {"pp_size": 2},
-    "pp2 gpipe": {"pp_size": 2, "layout": {"pp_schedule": "gpipe"}},
+    "pp2 1f1b": {"pp_size": 2, "layout": {"pp_partition": "compute"}},
+    "pp2 1f1b by parameters": {"pp_size": 2},
+    "pp2 gpipe": {"pp_size": 2, "layout": {"pp_schedule": "gpipe", "pp_partition": "compute"}},
     "pp2 interleaved": {"pp_size": 2, "layout": {"pp_schedule": "interleaved"}},
     "dp2 x tp2 zero 3": {"dp_size": 2, "tp_size": 2, "layout": {"zero_stage": 3}},
     "dp2 x pp2 zero 2": {"dp_size": 2, "pp_size": 2, "layout": {"zero_stage": 2}},
@@ -223,7 +224,8 @@ def expected(changes: Mapping[str, Any], model: nn.Module) -> list[int]:
     whole: Any = model
     blocks = list(whole.blocks.values())
     numbers = [sum(p.numel() for p in part.parameters()) for part in (*blocks, whole.embed, whole.head)]
-    cuts = partition("parameters", numbers[:-2], numbers[-2], numbers[-1], stretches)
+    how = options.get("pp_partition", "parameters")
+    cuts = partition(how, numbers[:-2], numbers[-2], numbers[-1], stretches)
     kept = [0] * pp
     for number, stretch in enumerate(cuts):
         kept[number % pp] += sum(size(blocks[index]) for index in stretch)

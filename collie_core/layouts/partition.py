@@ -10,7 +10,7 @@ from collie_core.errors import ConfigError
 
 
 def partition(
-    how: Literal["parameters", "uniform"] | Sequence[int],
+    how: Literal["parameters", "compute", "uniform"] | Sequence[int],
     sizes: Sequence[int],
     before: int,
     after: int,
@@ -18,8 +18,9 @@ def partition(
 ) -> list[range]:
     """The blocks of each stage, in order, every stage having at least one.
 
-    how: `parameters`: the largest stage is as small as can be; `uniform`: as many blocks for each, one more
-    for the first ones where they do not divide; or the number of blocks of each stage.
+    how: `parameters`: the largest stage is as small as can be; `compute`: the slowest as fast as can be, for
+    which the embedding, of which rows are looked up, does not count; `uniform`: as many blocks for each, one
+    more for the first ones where they do not divide; or the number of blocks of each stage.
     sizes: parameters of each block; before, after: of the embedding and the head.
     Raises ConfigError where there are fewer blocks than stages, or the numbers do not add up.
     """
@@ -29,8 +30,8 @@ def partition(
     if how == "uniform":
         least, more = divmod(blocks, stages)
         counts = [least + (stage < more) for stage in range(stages)]
-    elif how == "parameters":
-        counts = _balanced(list(sizes), before, after, stages)
+    elif how in ("parameters", "compute"):
+        counts = _balanced(list(sizes), 0 if how == "compute" else before, after, stages)
     else:
         assert not isinstance(how, str)
         counts = list(how)

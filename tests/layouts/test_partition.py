@@ -24,7 +24,7 @@ def largest(sizes: list[int], before: int, after: int, split: list[int]) -> int:
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("how", ["parameters", "uniform"])
+@pytest.mark.parametrize("how", ["parameters", "compute", "uniform"])
 def test_the_stages_are_consecutive_and_none_is_empty(how: str, stages: int) -> None:
     found = partition(how, [3, 1, 4, 1, 5, 9, 2, 6], 7, 2, stages)  # type: ignore[arg-type]
     assert [block for blocks in found for block in blocks] == list(range(8))
@@ -55,6 +55,11 @@ def test_by_parameters_no_other_cut_has_a_smaller_largest_stage(stages: int, end
     ]
     best = min(largest(sizes, *ends, split) for split in every)
     assert largest(sizes, *ends, counts("parameters", sizes, *ends, stages)) == best
+
+
+def test_by_compute_only_what_multiplies_counts() -> None:
+    assert counts("compute", [10] * 8, 40, 0, 2) == [4, 4]
+    assert counts("compute", [10] * 8, 40, 40, 2) == [6, 2]
 
 
 def test_explicit_numbers_are_taken_as_they_are() -> None:
