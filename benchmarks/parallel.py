@@ -44,7 +44,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2 sequence": {"tp_size": 2},
     "pp2 1f1b": {"pp_size": 2, "layout": {"pp_partition": "compute"}},
     "pp2 1f1b by parameters": {"pp_size": 2},
-    "pp2 gpipe": {"pp_size": 2, "layout": {"pp_schedule": "gpipe", "pp_partition": "compute"}},
+    "pp2 gpipe": {"pp_size": 2, "layout": {"pp_schedule": "gpipe"}},
     "pp2 interleaved": {"pp_size": 2, "layout": {"pp_schedule": "interleaved"}},
     "dp2 x tp2 zero 3": {"dp_size": 2, "tp_size": 2, "layout": {"zero_stage": 3}},
     "dp2 x pp2 zero 2": {"dp_size": 2, "pp_size": 2, "layout": {"zero_stage": 2}},
