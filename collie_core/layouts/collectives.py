@@ -26,7 +26,13 @@ def all_reduce(tensor: Tensor, group: ProcessGroup) -> Tensor:
 
 def gather_sequence(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """(B, S / n, ...) of each rank -> (B, S, ...)."""
-    return functional.wait_tensor(_all_gather(tensor.contiguous(), 1, group))
+    if tensor.device.type != "cpu":
+        return functional.wait_tensor(_all_gather(tensor.contiguous(), 1, group))
+    # gloo's own gather corrupts memory: its threads write the name of the last operation unlocked, and this
+    # name is long enough for the heap (torch 2.13, ProcessGroupGloo::runLoop)
+    copies = tensor.repeat(group.size(), *[1] * (tensor.ndim - 1))
+    parts = functional.wait_tensor(functional.all_to_all_single(copies, None, None, group))
+    return torch.cat(parts.chunk(group.size()), 1)
 
 
 def reduce_scatter_sequence(tensor: Tensor, group: ProcessGroup) -> Tensor:
