@@ -3,10 +3,10 @@
 Every layout is a job of its own with real processes (gloo, CPU).  In it our run, `Trainer(config).train()`, a
 bare loop over the same module under the bare engine, and a bare loop in one of the processes, with as many
 threads, take turns in windows of a few steps; ratios are of neighbouring windows.  The bare engine is DDP for
-zero_stage 0, DeepSpeed where that is the layout, torch's own tensor parallelism (with FSDP2 over dp) for tp,
-and FSDP2 with as many processes for all others.  Then ours and the bare engine run alone, in turns, for the
-peak of resident memory and the bytes of live weights, gradients and optimizer states at the update, beside
-what the layout is expected to hold.
+zero_stage 0, DeepSpeed where that is the layout, and torch's own tensor parallelism or pipeline (with FSDP2
+over dp) for tp and pp, which are measured beside FSDP2 with as many processes too; for others it is FSDP2.
+Then ours and the bare engine run alone, in turns, for the peak of resident memory and the bytes of live
+weights, gradients and optimizer states at the update, beside what the layout is expected to hold.
 
     python benchmarks/parallel.py --layouts "dp2 zero 3" tp2
 """
@@ -29,21 +29,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bare_engines import LR, SHAPE, Step, bare_step, rows
+from bare_engines import LR, SHAPE, Step, bare_step, engines, rows, stretches
 from llama import Ids, hf_config, run_job
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from collie_core import AutoModelForCausalLM, CollieConfig, Trainer
-from collie_core.layouts.partition import partition
 from collie_core.plugin import Run, hookimpl
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     **{f"dp2 zero {stage}": {"dp_size": 2, "layout": {"zero_stage": stage}} for stage in range(4)},
     "tp2": {"tp_size": 2, "layout": {"sequence_parallel": False}},
     "tp2 sequence": {"tp_size": 2},
-    "pp2 1f1b": {"pp_size": 2, "layout": {"pp_partition": "compute"}},
-    "pp2 1f1b by parameters": {"pp_size": 2},
+    "pp2 1f1b": {"pp_size": 2},
+    "pp2 1f1b by compute": {"pp_size": 2, "layout": {"pp_partition": "compute"}},
     "pp2 gpipe": {"pp_size": 2, "layout": {"pp_schedule": "gpipe"}},
     "pp2 interleaved": {"pp_size": 2, "layout": {"pp_schedule": "interleaved"}},
     "dp2 x tp2 zero 3": {"dp_size": 2, "tp_size": 2, "layout": {"zero_stage": 3}},
@@ -62,7 +61,8 @@ class Turns:
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         self.job = job
-        self.seconds: dict[str, list[float]] = {"ours": [], "engine": [], "one process": []}
+        self.engines = engines(job["changes"])
+        self.seconds: dict[str, list[float]] = {who: [] for who in ("ours", *self.engines, "one process")}
         self.steps: dict[str, Step] = {}
         self.begin = 0.0
 
@@ -71,33 +71,29 @@ class Turns:
         window, first = self.job["window"], self.job["warmup"]
         place = (step - first) % (window + 1)
         if step == first:
-            self.steps["engine"] = bare_step(self.job, alone=False)
+            self.steps = {engine: bare_step(self.job, engine) for engine in self.engines}
             if run.first:
-                self.steps["one process"] = bare_step(self.job, alone=True)
-            self._others(first, run.first)
-            self.seconds["engine"].clear()
-            self.seconds["one process"].clear()
+                self.steps["one process"] = bare_step(self.job, None)
+            self._others(first)
+            for times in self.seconds.values():
+                times.clear()
         elif step > first and place == 0:
             self.seconds["ours"].append((time.perf_counter() - self.begin) / window)
-            self._others(window, run.first)
+            self._others(window)
         elif step < first or place != 1:
             return
         dist.barrier()
         self.begin = time.perf_counter()
 
-    def _others(self, count: int, first: bool) -> None:
-        self._window("engine", count)
-        if first:
-            self._window("one process", count)
-
-    def _window(self, name: str, count: int) -> None:
-        self.steps[name]()
-        if name == "engine":
-            dist.barrier()
-        begin = time.perf_counter()
-        for _ in range(count):
-            self.steps[name]()
-        self.seconds[name].append((time.perf_counter() - begin) / count)
+    def _others(self, count: int) -> None:
+        for name, step in self.steps.items():
+            step()
+            if name in self.engines:
+                dist.barrier()
+            begin = time.perf_counter()
+            for _ in range(count):
+                step()
+            self.seconds[name].append((time.perf_counter() - begin) / count)
 
 
 def train(job: Mapping[str, Any], steps: int, callbacks: list[Any]) -> None:
@@ -186,7 +182,7 @@ def work(job: Mapping[str, Any]) -> None:
             peak = steps.peak
         else:
             dist.init_process_group("gloo")
-            step = bare_step(job, alone=False)
+            step = bare_step(job, engines(job["changes"])[0])
             _reset_peak()
             for _ in range(4):
                 step()
@@ -211,7 +207,6 @@ def start(job: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 def expected(changes: Mapping[str, Any], model: nn.Module) -> list[int]:
     """Bytes of weights that each stage's ranks keep: matrices cut by tp, all by dp where ZeRO is on."""
     pp, options = changes.get("pp_size", 1), changes.get("layout", {})
-    stretches = pp * (2 if options.get("pp_schedule") == "interleaved" else 1)
     dp = changes.get("dp_size", 1) if options.get("zero_stage", 0) else 1
 
     def size(module: Any) -> int:
@@ -223,11 +218,8 @@ def expected(changes: Mapping[str, Any], model: nn.Module) -> list[int]:
 
     whole: Any = model
     blocks = list(whole.blocks.values())
-    numbers = [sum(p.numel() for p in part.parameters()) for part in (*blocks, whole.embed, whole.head)]
-    how = options.get("pp_partition", "parameters")
-    cuts = partition(how, numbers[:-2], numbers[-2], numbers[-1], stretches)
     kept = [0] * pp
-    for number, stretch in enumerate(cuts):
+    for number, stretch in enumerate(stretches(changes, whole)):
         kept[number % pp] += sum(size(blocks[index]) for index in stretch)
     kept[0] += size(whole.embed)
     kept[-1] += size(whole.head)
@@ -259,6 +251,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             {
                 "layout": name,
                 "processes": len(ours),
+                "engines": engines(LAYOUTS[name]),
                 "step_s": {who: statistics.median(windows) for who, windows in seconds.items()},
                 "ours_over": {
                     who: statistics.median(a / b for a, b in zip(seconds["ours"], windows, strict=False))
@@ -279,14 +272,15 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 def tables(found: list[dict[str, Any]]) -> str:
     """Two tables as Markdown: time, and what the rank that holds most holds."""
     lines = [
-        "| layout | processes | steps/s | our time / bare engine's | our time / one process's |",
-        "|---|---|---|---|---|",
+        "| layout | processes | steps/s | bare engine | our time / its | / FSDP2's | / one process's |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in found:
-        over = row["ours_over"]
+        over, engine = row["ours_over"], row["engines"][0]
+        beside = f"{over['FSDP2']:.3f}" if "FSDP2" in over else ""
         lines.append(
-            f"| {row['layout']} | {row['processes']} | {1 / row['step_s']['ours']:.2f} | "
-            f"{over['engine']:.3f} | {over['one process']:.3f} |"
+            f"| {row['layout']} | {row['processes']} | {1 / row['step_s']['ours']:.2f} | {engine} | "
+            f"{over[engine]:.3f} | {beside} | {over['one process']:.3f} |"
         )
     lines += [
         "",

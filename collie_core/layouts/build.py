@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from collie_core.config.problems import ConfigProblems, Key
+from collie_core.errors import ConfigError
 from collie_core.layouts.stage import Stage
 from collie_core.models.adapters import adapt, initialise_added
 from collie_core.models.buffers import persistent_buffers
@@ -166,6 +167,10 @@ def set_trainable(model: nn.Module, run: Run) -> None:
         if any(fnmatchcase(name, pattern) for pattern in train.frozen):
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
+        if not (train.trainable or train.frozen or run.added):  # a module comes so after a merge of adapters
+            raise ConfigError(
+                "model: none of its parameters needs a gradient; model.requires_grad_() trains them all"
+            )
         message = "leaves no parameter to train"
         raise run.config.problems(
             ConfigProblems([(("train", "trainable" if train.trainable else "frozen"), message)])

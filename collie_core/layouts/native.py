@@ -209,6 +209,7 @@ class NativeLayout:
         in_hooks = self._in_hooks and (updates or name == "norm")
         kept = not in_hooks or (name == "update" and self.needs_norm and norm is None)
         factor = scale / batch.target_tokens
+        total: Tensor | None = None
         if self.pipeline is not None:
             total = self._pipelined(name, batch, factor)
         else:
@@ -220,12 +221,12 @@ class NativeLayout:
                 loss = self.stages[0](micro_batch)
                 losses.append(loss.detach())
                 if last:  # the gradients of this backward are complete
-                    total = self._mean_loss(torch.stack(losses).sum(), batch)
                     if name == "norm":
                         self.gradients.arm("measure")
                     elif kept:
                         self.gradients.arm("keep")
                     else:
+                        total = self._mean_loss(torch.stack(losses).sum(), batch)
                         finite = torch.isfinite(total) & (torch.isfinite(norm) if norm is not None else True)
                         optimizer.begin_pass(name, lr, scale, self._clip_factor(norm))
                         self.gradients.arm("update", finite, optimizer)
@@ -233,6 +234,8 @@ class NativeLayout:
                 if not last and self.options.offload == "cpu":
                     self.gradients.collect()
             self.gradients.flush()
+            if total is None:  # no update waits for it, and so the backward pass does not
+                total = self._mean_loss(torch.stack(losses).sum(), batch)
         if self.options.offload == "cpu":
             total = total.cpu()  # where the updates are
         measured = self.gradients.norm().to(total.device) / scale

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Literal
 
 from collie_core.errors import ConfigError
+
+#: (stage, first block, the block after the last) -> what the stage costs.
+Cost = Callable[[int, int, int], int]
 
 
 def partition(
@@ -19,8 +22,9 @@ def partition(
     """The blocks of each stage, in order, every stage having at least one.
 
     how: `parameters`: the largest stage is as small as can be; `compute`: the slowest as fast as can be, for
-    which the embedding, of which rows are looked up, does not count; `uniform`: as many blocks for each, one
-    more for the first ones where they do not divide; or the number of blocks of each stage.
+    which the embedding, of which rows are looked up, does not count; of several such cuts the one that is
+    best by the other measure.  `uniform`: as many blocks for each, one more for the first ones where they do
+    not divide; or the number of blocks of each stage.
     sizes: parameters of each block; before, after: of the embedding and the head.
     Raises ConfigError where there are fewer blocks than stages, or the numbers do not add up.
     """
@@ -31,7 +35,10 @@ def partition(
         least, more = divmod(blocks, stages)
         counts = [least + (stage < more) for stage in range(stages)]
     elif how in ("parameters", "compute"):
-        counts = _balanced(list(sizes), 0 if how == "compute" else before, after, stages)
+        size, time = _cost(sizes, before, after, stages), _cost(sizes, 0, after, stages)
+        first, then = (size, time) if how == "parameters" else (time, size)
+        limit, _ = _least(first, stages, blocks, lambda *stage: True)
+        _, counts = _least(then, stages, blocks, lambda *stage: first(*stage) <= limit)
     else:
         assert not isinstance(how, str)
         counts = list(how)
@@ -44,27 +51,34 @@ def partition(
     return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
-def _balanced(sizes: list[int], before: int, after: int, stages: int) -> list[int]:
-    """Counts of blocks with the least largest stage: best[k] over the first k blocks, stage by stage."""
+def _cost(sizes: Sequence[int], before: int, after: int, stages: int) -> Cost:
     sums = [0, *accumulate(sizes)]
-    blocks = len(sizes)
 
     def cost(stage: int, begin: int, end: int) -> int:
         extra = (before if stage == 0 else 0) + (after if stage == stages - 1 else 0)
         return sums[end] - sums[begin] + extra
 
-    best: list[dict[int, tuple[int, int]]] = [{end: (cost(0, 0, end), 0) for end in range(1, blocks + 1)}]
-    for stage in range(1, stages):
-        row: dict[int, tuple[int, int]] = {}
+    return cost
+
+
+def _least(
+    cost: Cost, stages: int, blocks: int, allowed: Callable[[int, int, int], bool]
+) -> tuple[int, list[int]]:
+    """The cut whose costliest stage costs the least, as (that cost, blocks of each stage); of equal ones that
+    with the fewest blocks in front, where 1F1B keeps the most micro-batches.
+
+    allowed: whether a stage may have these blocks.  By dynamic programming over the first blocks.
+    """
+    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
+    for stage in range(stages):
+        found = {}
         for end in range(stage + 1, blocks + 1):
-            row[end] = min(
-                (max(best[stage - 1][begin][0], cost(stage, begin, end)), begin)
-                for begin in range(stage, end)
-            )
-        best.append(row)
-    counts, end = [], blocks
-    for stage in reversed(range(stages)):
-        begin = best[stage][end][1]
-        counts.append(end - begin)
-        end = begin
-    return counts[::-1]
+            ways = [
+                (max(worst, cost(stage, begin, end)), [*counts, end - begin])
+                for begin, (worst, counts) in best.items()
+                if begin < end and allowed(stage, begin, end)
+            ]
+            if ways:
+                found[end] = min(ways)
+        best = found
+    return best[blocks]

@@ -31,6 +31,15 @@ class MetricsFile:
         """Every whole line, in the order of writing; empty where there is no file."""
         return [metrics for _, metrics in self._lines()]
 
+    def last_evaluation(self, step: int) -> dict[str, float]:
+        """The figures of the newest evaluation at `step` or before; empty where there was none."""
+        found: dict[str, float] = {}
+        for _, metrics in self._lines():
+            if metrics["step"] <= step and "loss" not in metrics:
+                found = {key: math.nan if value is None else value for key, value in metrics.items()}
+        found.pop("step", None)
+        return found
+
     def truncate_after(self, step: int) -> None:
         """Drop the lines of later steps, and one that a kill cut short: a resumed run has each step once.
 

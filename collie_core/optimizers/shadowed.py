@@ -152,7 +152,7 @@ class ShadowedOptimizer(FusedOptimizer):
             [part] = [part for part in self.parts if part.alone is None]
             for group in part.optimizer.param_groups:
                 group["lr"] = self.lr * group["lr_scale"]
-            part.optimizer.step()
+            _step(part.optimizer)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -161,7 +161,7 @@ class ShadowedOptimizer(FusedOptimizer):
             for group in part.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             if part.alone is None:
-                part.optimizer.step()
+                _step(part.optimizer)
             elif part.alone.local.grad is not None:
                 self._step_alone(part, part.alone.local.grad.float())
 
@@ -197,7 +197,7 @@ class ShadowedOptimizer(FusedOptimizer):
         own.grad = gradient
         for key, value in part.narrow.items():
             state[key] = value.float()
-        part.optimizer.step()
+        _step(part.optimizer)
         own.grad = None
         if self.state_dtype != torch.float32:
             self._narrow(part, part.alone, state)
@@ -258,6 +258,15 @@ class ShadowedOptimizer(FusedOptimizer):
             if part.alone is not None and self.state_dtype != torch.float32:
                 part.narrow.clear()
                 self._narrow(part, part.alone, part.optimizer.state[part.parameters[0]])
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    """The step; torch's fused kernels for the CPU read wrong elements of a gradient with gaps or turned."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and not parameter.grad.is_contiguous():
+                parameter.grad = parameter.grad.contiguous()
+    optimizer.step()
 
 
 def _shadow(parameter: nn.Parameter) -> nn.Parameter:

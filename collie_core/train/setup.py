@@ -157,6 +157,7 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
             same_data(config, checkpoint, train_data)
         eval_data = open_dataset(trainer, run, provider, "eval")
         reader = open_reader(run, train_data, layout)
+        metrics_file = MetricsFile(run.output_dir / "metrics.jsonl")
         session = Session(
             run=run,
             plugins=plugins,
@@ -167,8 +168,9 @@ def open_training(trainer: Trainer) -> Iterator[Session]:
             base_lr=base_lr,
             checkpoints=checkpoints,
             data_fingerprint=train_data.fingerprint,
-            metrics_file=MetricsFile(run.output_dir / "metrics.jsonl"),
+            metrics_file=metrics_file,
             position=reader.state(),
+            last_evaluation=from_first(lambda: metrics_file.last_evaluation(run.step), run.control),
             saved=run.step,
             done=from_first(lambda: is_finished(run, checkpoint), run.control),
         )

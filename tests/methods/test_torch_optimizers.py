@@ -147,26 +147,55 @@ def test_a_wrong_number_is_told_by_its_key_before_anything_is_read(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fp32_is_torch_bit_for_bit(tmp_path: Path, name: str) -> None:
-    ours, theirs = model_of(), model_of()
-    assert isinstance(theirs, nn.Sequential)
+    """By its fused kernel where it has one, which differs from its other code in the last bits."""
     decay = {} if name == "Rprop" else {"weight_decay": 0.1}
     plugin, run = plugin_of(name, **OPTIONS.get(name, {})), run_of(tmp_path, name, **decay)
-    optimizer = plugin.collie_optimizer(ours, PLACE, run)
-    # torch's own grouping of what is decayed: matrices that are no embeddings
-    decayed = [theirs[1].weight, theirs[3].weight]
-    rest = [p for p in theirs.parameters() if all(p is not other for other in decayed)]
-    groups = [{"params": rest, **({"weight_decay": 0.0} if decay else {})}, {"params": decayed, **decay}]
-    options = plugin.constructor_options
-    reference = plugin.torch_class(groups, **options)
     lrs = [0.1, 0.05, 0.025, 0.0125]
-    for step, lr in enumerate(lrs, start=1):
-        for group in reference.param_groups:
-            group["lr"] = lr
-        set_gradients(theirs, step)
-        reference.step()
-    advance(optimizer, run, ours, lrs)
-    assert equal(ours, theirs)
+
+    def by_torch(**options: Any) -> nn.Module:
+        theirs = model_of()
+        assert isinstance(theirs, nn.Sequential)
+        # torch's own grouping of what is decayed: matrices that are no embeddings
+        decayed = [theirs[1].weight, theirs[3].weight]
+        rest = [p for p in theirs.parameters() if all(p is not other for other in decayed)]
+        groups = [{"params": rest, **({"weight_decay": 0.0} if decay else {})}, {"params": decayed, **decay}]
+        reference = plugin.torch_class(groups, **plugin.constructor_options, **options)
+        for step, lr in enumerate(lrs, start=1):
+            for group in reference.param_groups:
+                group["lr"] = lr
+            set_gradients(theirs, step)
+            reference.step()
+        return theirs
+
+    ours = model_of()
+    advance(plugin.collie_optimizer(ours, PLACE, run), run, ours, lrs)
+    plain = by_torch()
+    assert equal(ours, by_torch(fused=True) if plugin.fused else plain)
+    for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)
     assert not equal(ours, model_of())
+
+
+@pytest.mark.parametrize("turned", ["weight", "gradient"])
+@pytest.mark.parametrize("name", [name for name in NAMES if PLUGINS[name].fused])
+def test_a_tensor_that_is_not_contiguous_is_updated_as_any(tmp_path: Path, name: str, turned: str) -> None:
+    """torch's fused kernels for the CPU would take other elements of it, and say nothing."""
+    models = [model_of(), model_of()]
+    weight: Any = models[0].get_parameter("1.weight")
+    if turned == "weight":
+        weight.data = weight.detach().t().contiguous().t()
+    for model in models:
+        run = run_of(tmp_path, name)
+        optimizer = plugin_of(name, **OPTIONS.get(name, {})).collie_optimizer(model, PLACE, run)
+        for step in (1, 2, 3):
+            set_gradients(model, step)
+            if model is models[0] and turned == "gradient":
+                weight.grad = weight.grad.t().contiguous().t()
+                assert not weight.grad.is_contiguous()
+            run.step = step - 1
+            optimizer.step(0.05)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)
 
 
 def test_defaults_of_the_core_and_of_torch(tmp_path: Path) -> None:

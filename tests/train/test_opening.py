@@ -109,6 +109,18 @@ def test_a_model_that_could_not_be_written_is_refused_before_it_is_trained(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_frozen_model_is_refused_and_is_trained_once_it_says_so(
+    tiny_llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).requires_grad_(False)
+    trainer = Trainer(config(tiny_llama, data_file, tmp_path / "out", train={"max_steps": 1}), model=model)
+    with pytest.raises(ConfigError, match=r"model: none of its parameters needs a gradient.*requires_grad_"):
+        trainer.train()
+    assert not (tmp_path / "out").exists()
+    model.requires_grad_()
+    assert trainer.train().step == 1
+
+
 def test_a_checkpoint_of_another_run_is_where_a_run_begins_and_not_where_it_goes_on(
     tiny_llama: Path, data_file: Path, tmp_path: Path
 ) -> None:
@@ -145,13 +157,15 @@ def test_a_run_goes_on_when_the_model_that_it_began_with_is_gone(
 def test_what_a_finished_run_has_done_is_told_without_its_model(
     tiny_llama: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = config(tiny_llama, data_file, tmp_path / "out", train={"max_steps": 2})
-    Trainer(cfg).train()
+    data = {"eval": str(data_file)}
+    cfg = config(tiny_llama, data_file, tmp_path / "out", data=data, train={"max_steps": 2})
+    evaluation = Trainer(cfg).train().evaluation
     (tmp_path / "out" / "checkpoints" / "step_000002" / "state.json").touch()
     with open_training(Trainer(cfg)) as session:
         assert session.done and not hasattr(session.layout, "model")
     result = Trainer(cfg).train()
     assert result.step == 2 and result.model == tmp_path / "out" / "model"
+    assert evaluation and result.evaluation == evaluation
     assert "has already done its 2 steps" in capsys.readouterr().err
 
 
