@@ -261,11 +261,13 @@ class ShadowedOptimizer(FusedOptimizer):
 
 
 def _step(optimizer: torch.optim.Optimizer) -> None:
-    """The step; torch's fused kernels for the CPU read wrong elements of a gradient with gaps or turned."""
+    """The step.  Each gradient lies in memory as its parameter does: torch's fused kernels refuse another,
+    and those for the CPU take wrong elements of it."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter.grad is not None and not parameter.grad.is_contiguous():
-                parameter.grad = parameter.grad.contiguous()
+            gradient = parameter.grad
+            if gradient is not None and gradient.stride() != parameter.stride():
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
     optimizer.step()
 
 

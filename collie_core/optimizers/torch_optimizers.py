@@ -114,8 +114,8 @@ class TorchOptimizerPlugin:
         options = self.constructor_options
         groups = run.parameter_groups(model, default_lr=self.default_lr, default_weight_decay=decay)
         # on the CPU it takes a third of the time, and for granted that all tensors are contiguous
-        contiguous = all(p.is_contiguous() for group in groups for p in group.parameters.values())
-        if self.fused and (run.device.type == "cuda" or contiguous):
+        parameters = (parameter for group in groups for parameter in group.parameters.values())
+        if self.fused and all(p.device.type == "cuda" or p.is_contiguous() for p in parameters):
             options["fused"] = True
         return ShadowedOptimizer(
             self.torch_class,

@@ -55,7 +55,7 @@ def model_of(dtype: torch.dtype = torch.float32) -> nn.Module:
 def set_gradients(model: nn.Module, step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
 
 
 def advance(optimizer: Any, run: Run, model: nn.Module, lrs: list[float]) -> None:
@@ -176,11 +176,16 @@ def test_fp32_is_torch_bit_for_bit(tmp_path: Path, name: str) -> None:
     assert not equal(ours, model_of())
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("turned", ["weight", "gradient"])
 @pytest.mark.parametrize("name", [name for name in NAMES if PLUGINS[name].fused])
-def test_a_tensor_that_is_not_contiguous_is_updated_as_any(tmp_path: Path, name: str, turned: str) -> None:
-    """torch's fused kernels for the CPU would take other elements of it, and say nothing."""
-    models = [model_of(), model_of()]
+def test_a_tensor_that_is_not_contiguous_is_updated_as_any(
+    tmp_path: Path, name: str, turned: str, device: str
+) -> None:
+    """torch's fused kernels refuse it, or (for the CPU) take other elements of it and say nothing."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    models = [model_of().to(device), model_of().to(device)]
     weight: Any = models[0].get_parameter("1.weight")
     if turned == "weight":
         weight.data = weight.detach().t().contiguous().t()
