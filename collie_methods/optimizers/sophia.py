@@ -15,7 +15,7 @@ from collie_methods.optimizers.optimizer import RuledOptimizer
 from collie_methods.optimizers.rules import SophiaG
 
 if TYPE_CHECKING:
-    from collie_core.data.batch import MicroBatch, StepBatch
+    from collie_core.data.batch import StepBatch
 
 IGNORED = -100
 
@@ -37,8 +37,8 @@ class SophiaGOptimizer(RuledOptimizer):
         """Cross entropy with labels drawn from the model's own output (algorithm 2, lines 3 and 4)."""
         draws = (self.seed, self.step_number)
 
-        def sampled_loss(logits: Tensor, labels: Tensor, batch: MicroBatch) -> Tensor:
-            rows = [drawn_labels(*row, draws) for row in zip(logits, labels, batch.records, strict=True)]
+        def sampled_loss(logits: Tensor, labels: Tensor) -> Tensor:
+            rows = [drawn_labels(*row, draws) for row in zip(logits, labels, strict=True)]
             return torch.stack(
                 [
                     F.cross_entropy(row.float(), drawn, ignore_index=IGNORED, reduction="sum")
@@ -66,18 +66,19 @@ class SophiaGOptimizer(RuledOptimizer):
 
 
 @torch.no_grad()
-def drawn_labels(logits: Tensor, labels: Tensor, records: tuple[str, ...], draws: tuple[int, int]) -> Tensor:
+def drawn_labels(logits: Tensor, labels: Tensor, draws: tuple[int, int]) -> Tensor:
     """A label of the model's own for each target of a row; int64 (S,), -100 where labels have no target.
 
-    logits: (S, V), beside labels (S,).  Depends on (seed, step) and the row's records alone, so every
-    layout draws the same.
+    logits: (S, V), beside labels (S,).  The draw depends on (seed, step) and the row's targets alone, so it
+    is the same under every layout and wherever the data lies.
     """
-    digest = hashlib.blake2b(repr((draws, records)).encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    numbers = torch.rand(labels.shape[0], generator=generator).to(logits.device)
     wanted = labels != IGNORED
+    targets = labels[wanted].cpu().numpy().tobytes()
+    digest = hashlib.blake2b(repr(draws).encode() + targets, digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     sums = logits[wanted].softmax(-1, dtype=torch.float32).cumsum(-1)
-    places = torch.searchsorted(sums, (numbers[wanted] * sums[:, -1]).unsqueeze(-1), right=True)
+    numbers = torch.rand(len(sums), generator=generator).to(logits.device)
+    places = torch.searchsorted(sums, (numbers * sums[:, -1]).unsqueeze(-1), right=True)
     drawn = torch.full_like(labels, IGNORED)
     drawn[wanted] = places.squeeze(-1).clamp(max=logits.shape[-1] - 1)
     return drawn

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from training_helpers import config, losses
+from training_helpers import config, largest_difference, losses, weights
 
 from collie_core import Trainer
 from collie_core.train.setup import open_training
@@ -23,19 +23,32 @@ def test_labels_are_drawn_as_the_model_says() -> None:
     logits = torch.randn(5).expand(20000, 5)
     labels = torch.zeros(20000, dtype=torch.int64)
     labels[::4] = -100
-    found = drawn_labels(logits, labels, ("data:1",), (0, 1))
+    found = drawn_labels(logits, labels, (0, 1))
     assert torch.equal(found == -100, labels == -100)
     shares = torch.bincount(found[found >= 0], minlength=5) / (found >= 0).sum()
     torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.02)
 
 
-def test_labels_depend_on_seed_step_and_records_alone() -> None:
+def test_labels_depend_on_seed_step_and_targets_alone() -> None:
     logits, labels = torch.randn(50, 300), torch.zeros(50, dtype=torch.int64)
-    first = drawn_labels(logits, labels, ("data:1",), (0, 1))
+    first = drawn_labels(logits, labels, (0, 1))
     torch.manual_seed(7)  # another rank's generator
-    assert torch.equal(first, drawn_labels(logits, labels, ("data:1",), (0, 1)))
-    for records, draws in ((("data:2",), (0, 1)), (("data:1",), (1, 1)), (("data:1",), (0, 2))):
-        assert not torch.equal(first, drawn_labels(logits, labels, records, draws))
+    assert torch.equal(first, drawn_labels(logits, labels, (0, 1)))
+    padded = drawn_labels(F.pad(logits, (0, 0, 2, 5)), F.pad(labels, (2, 5), value=-100), (0, 1))
+    assert torch.equal(padded, F.pad(first, (2, 5), value=-100))
+    for changed, draws in ((labels + 1, (0, 1)), (labels, (1, 1)), (labels, (0, 2))):
+        assert not torch.equal(first, drawn_labels(logits, changed, draws))
+
+
+def test_where_the_data_lies_changes_nothing(tiny_llama: Path, data_file: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / "records.jsonl"
+    moved.parent.mkdir()
+    moved.write_bytes(data_file.read_bytes())
+    for data, out in ((data_file, tmp_path / "one"), (moved, tmp_path / "other")):
+        section = {"name": "sophiag", "lr": 1e-4}
+        Trainer(config(tiny_llama, data, out, optimizer=section, train={"max_steps": 3})).train()
+    assert losses(tmp_path / "one") == losses(tmp_path / "other")
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "other")) == 0.0
 
 
 @pytest.mark.parametrize("rows", [4, 2])
@@ -57,8 +70,8 @@ def test_the_estimate_is_that_of_the_paper(
     total = torch.zeros(())
     for micro in batch.micro_batches:
         logits = model(micro.input_ids).logits[:, :-1]
-        for row, labels, records in zip(logits, micro.labels[:, 1:], micro.records, strict=True):
-            drawn = drawn_labels(row.detach(), labels, records, (5, 1))
+        for row, labels in zip(logits, micro.labels[:, 1:], strict=True):
+            drawn = drawn_labels(row.detach(), labels, (5, 1))
             total = total + F.cross_entropy(row, drawn, reduction="sum")
     (total / batch.target_tokens).backward()
     layers: Any = model.model.layers
