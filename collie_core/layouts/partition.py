@@ -64,10 +64,10 @@ def _cost(sizes: Sequence[int], before: int, after: int, stages: int) -> Cost:
 def _least(
     cost: Cost, stages: int, blocks: int, allowed: Callable[[int, int, int], bool]
 ) -> tuple[int, list[int]]:
-    """The cut whose costliest stage costs the least, as (that cost, blocks of each stage); of equal ones that
-    with the fewest blocks in front, where 1F1B keeps the most micro-batches.
+    """The cut whose costliest stage costs the least, as (that cost, blocks of each stage).
 
-    allowed: whether a stage may have these blocks.  By dynamic programming over the first blocks.
+    allowed: whether a stage may have these blocks.  By dynamic programming over the first blocks; of equal
+    ways to cut them the one with fewer in front, where 1F1B keeps more micro-batches.
     """
     best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
     for stage in range(stages):
