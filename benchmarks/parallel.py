@@ -187,6 +187,7 @@ def work(job: Mapping[str, Any]) -> None:
             for _ in range(4):
                 step()
             peak = _resident("VmHWM")
+            dist.destroy_process_group()  # an interpreter that ends over gloo's threads may be aborted
         found = {**held.bytes, "peak": peak - before}
     (Path(job["folder"]) / f"{job['kind']}-{rank}.json").write_text(json.dumps(found))
 
@@ -265,7 +266,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                 },
             }
         )
-        print(f"{name}: done", file=sys.stderr, flush=True)
+        print(tables(found[-1:]), file=sys.stderr, flush=True)
     return found
 
 
